@@ -1,0 +1,200 @@
+"""The tiled torch path against the float64 definitions, by sampled shapes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dense2sparse.kernels import ops, reference, tiled
+
+SHAPES = settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 37 queries, so that short rows cross several tile bounds, raggedly."""
+    monkeypatch.setattr(tiled, "TILE_QUERIES", 37)
+
+
+@st.composite
+def cases(draw):
+    groups, per_group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 7, 16]))
+    length = draw(st.sampled_from([1, 5, 31, 32, 33, 100, 129]))
+    width, index_width = draw(st.sampled_from([(8, 8), (16, 32), (10, 16)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 16)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    batch = draw(st.integers(1, 2))
+    documents = None
+    if draw(st.booleans()):
+        cuts = torch.rand(batch, length, generator=generator) < 0.05
+        documents = cuts.cumsum(1).int()
+    return dict(
+        q=normal(batch, groups * per_group, length, width),
+        k=normal(batch, groups, length, width),
+        v=normal(batch, groups, length, width),
+        index_q=normal(batch, groups, length, index_width),
+        index_k=normal(batch, 1, length, index_width),
+        document_ids=documents,
+        block_size=draw(st.sampled_from([1, 4, 16, 32])),
+        top_k=draw(st.integers(2, 9)),
+        init_blocks=draw(st.integers(0, 1)),
+    )
+
+
+def selection(case, backend, offset=0):
+    names = ("block_size", "top_k", "init_blocks", "document_ids")
+    return ops.select_blocks(
+        case["index_q"][:, :, offset:],
+        case["index_k"],
+        **{name: case[name] for name in names},
+        query_offset=offset,
+        backend=backend,
+    )
+
+
+@SHAPES
+@given(cases())
+def test_selection_equals_the_definition(case):
+    assert torch.equal(selection(case, "torch"), selection(case, "reference"))
+
+
+@SHAPES
+@given(cases(), st.floats(0, 1))
+def test_a_chunk_of_queries_selects_as_the_whole_row_does(case, where):
+    offset = int(where * (case["q"].shape[2] - 1))
+    assert torch.equal(selection(case, "torch", offset), selection(case, "torch")[:, :, offset:])
+
+
+@SHAPES
+@given(cases())
+def test_oracle_selection_equals_the_definition(case):
+    names = ("q", "k", "block_size", "top_k", "init_blocks", "document_ids")
+    arguments = {name: case[name] for name in names}
+    q, k = arguments.pop("q"), arguments.pop("k")
+    fast, slow = (ops.select_by_mass(q, k, **arguments, backend=b) for b in ("torch", "reference"))
+    assert torch.equal(fast, slow)
+
+
+@SHAPES
+@given(cases(), st.sampled_from(["dense", "sparse"]), st.booleans())
+def test_attention_and_its_gradients_equal_the_definition(case, kind, chunk):
+    ids = selection(case, "reference")
+    offset = case["q"].shape[2] // 3 if chunk else 0
+    results = []
+    for backend in ("torch", "reference"):
+        q, k, v = (case[name].clone().requires_grad_() for name in "qkv")
+        common = dict(document_ids=case["document_ids"], query_offset=offset, scale=0.3)
+        if kind == "dense":
+            out, lse = ops.dense_attention(q[:, :, offset:], k, v, **common, backend=backend)
+        else:
+            ids_chunk, size = ids[:, :, offset:], case["block_size"]
+            out, lse = ops.sparse_attention(
+                q[:, :, offset:], k, v, ids_chunk, block_size=size, **common, backend=backend
+            )
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        (out * weights).sum().backward()
+        results.append((out, lse, q.grad, k.grad, v.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+
+
+@SHAPES
+@given(cases(), st.booleans())
+def test_kl_and_its_gradients_equal_the_definition(case, full):
+    ids = None if full else selection(case, "reference")
+    documents, size = case["document_ids"], case["block_size"]
+    _, lse = reference.sparse_attention(
+        case["q"], case["k"], case["v"], ids, block_size=size, scale=0.3, document_ids=documents
+    )
+    results = []
+    for backend in ("torch", "reference"):
+        index_q, index_k = (case[n].clone().requires_grad_() for n in ("index_q", "index_k"))
+        settings_ = dict(scale=0.3, index_scale=0.4, block_ids=ids, block_size=size)
+        kl = ops.index_kl(
+            case["q"],
+            case["k"],
+            lse,
+            index_q,
+            index_k,
+            **settings_,
+            document_ids=documents,
+            backend=backend,
+        )
+        (3 * kl).backward()
+        results.append((kl.detach(), index_q.grad, index_k.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-9)
+
+
+@SHAPES
+@given(cases())
+def test_decode_equals_the_last_row_of_the_whole(case):
+    ids = selection(case, "reference")
+    common = dict(document_ids=case["document_ids"], scale=0.3)
+    q, k, v, index_q, index_k = (case[n] for n in ("q", "k", "v", "index_q", "index_k"))
+    whole, _ = reference.sparse_attention(q, k, v, ids, block_size=case["block_size"], **common)
+    for backend in ("torch", "reference"):
+        names = ("block_size", "top_k", "init_blocks")
+        last = ops.sparse_decode(
+            q[:, :, -1:],
+            k,
+            v,
+            index_q[:, :, -1:],
+            index_k,
+            **{name: case[name] for name in names},
+            **common,
+            backend=backend,
+        )
+        torch.testing.assert_close(last, whole[:, :, -1:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_error_in_low_precision_stays_within_twice_that_of_plain_torch(dtype, kind):
+    torch.manual_seed(0)
+    exact = [torch.randn(1, heads, 200, 32, dtype=torch.float64) for heads in (6, 2, 2)]
+    low = [tensor.to(dtype) for tensor in exact]
+    exact = [tensor.double() for tensor in low]
+    ids = None
+    if kind == "sparse":
+        index = torch.randn(1, 3, 200, 16)
+        ids = ops.select_blocks(index[:, :2], index[:, 2:], block_size=16, top_k=4)
+    truth, _ = reference.sparse_attention(*exact, ids, block_size=16)
+    if kind == "dense":
+        ours, _ = ops.dense_attention(*low)
+    else:
+        ours, _ = ops.sparse_attention(*low, ids, block_size=16)
+    support = reference._support(200, 200, 16, ids, None, 0, truth.device)
+    q, k, v = low
+    scores = (q.unflatten(1, (2, -1)) @ k.unsqueeze(2).transpose(-1, -2) * 32**-0.5).to(dtype)
+    plain = scores.masked_fill(~support.unsqueeze(2), -math.inf).softmax(-1) @ v.unsqueeze(2)
+    bound = 2 * (plain.flatten(1, 2) - truth).abs().max() + 2 * torch.finfo(dtype).eps
+    assert (ours - truth).abs().max() <= bound
+
+
+def test_nothing_as_large_as_queries_by_keys_is_kept():
+    """Of 4096 x 4096 scores (64 MiB a head), training memory beyond the inputs stays below a tile."""
+    torch.manual_seed(0)
+    length = 4096
+    q, k, v = (torch.randn(1, h, length, 8, requires_grad=True) for h in (2, 1, 1))
+    index = torch.randn(1, 2, length, 8, requires_grad=True)
+    saved = []
+
+    def remember(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        ids = ops.select_blocks(index[:, :1], index[:, 1:], block_size=64, top_k=4)
+        out, lse = ops.sparse_attention(q, k, v, ids, block_size=64)
+        kl = ops.index_kl(q, k, lse, index[:, :1], index[:, 1:], block_ids=ids, block_size=64)
+    assert saved and max(saved) <= length * 16
+    (out.sum() + kl).backward()
+    assert q.grad is not None and index.grad is not None
