@@ -1,0 +1,152 @@
+"""Intervals and tests for paired comparisons; numpy only.
+
+Every comparison is paired: the same prompts or rows in both arms. Tasks are strata, so a mean over tasks is
+resampled within each task. With few samples a bootstrap of differences that are all zero has no width;
+`unseen_share` says what such a result can still hide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its two-sided confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+    samples: int
+    confidence: float = 0.95
+
+    def record(self) -> dict[str, float]:
+        """As stored in result files."""
+        return asdict(self)
+
+
+def paired_bootstrap(
+    differences: Mapping[str, ArrayLike],
+    *,
+    draws: int = DRAWS,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean over strata of the mean paired difference within each, with a percentile interval.
+
+    Args:
+        differences: per stratum (task) the paired differences of its samples.
+
+    Raises:
+        ValueError: no stratum, or an empty one.
+    """
+    strata = [np.asarray(values, dtype=np.float64) for values in differences.values()]
+    if not strata or any(len(values) == 0 for values in strata):
+        raise ValueError("a paired bootstrap needs at least one pair in every stratum")
+    random = np.random.default_rng(seed)
+    means = np.zeros(draws)
+    for values in strata:
+        means += _resampled_means(values, draws, random)
+    low, high = _percentiles(means / len(strata), confidence)
+    estimate = float(np.mean([values.mean() for values in strata]))
+    return Interval(estimate, low, high, sum(map(len, strata)), confidence)
+
+
+def paired_ratio(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    *,
+    draws: int = DRAWS,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """sum(numerators) / sum(denominators) over rows, rows resampled together.
+
+    For perplexity: numerators = difference of the rows' summed losses, denominators = their tokens.
+    """
+    top, bottom = (np.asarray(values, dtype=np.float64) for values in (numerators, denominators))
+    if len(top) == 0 or len(top) != len(bottom):
+        raise ValueError("a paired ratio needs as many numerators as denominators, at least one")
+    random = np.random.default_rng(seed)
+    picks = random.integers(0, len(top), size=(draws, len(top)))
+    low, high = _percentiles(top[picks].sum(1) / bottom[picks].sum(1), confidence)
+    return Interval(float(top.sum() / bottom.sum()), low, high, len(top), confidence)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Exact two-sided p-value that `first` and `second` succeed equally often on the same samples."""
+    if len(first) != len(second):
+        raise ValueError(
+            f"McNemar's test needs pairs: {len(first)} and {len(second)} outcomes given"
+        )
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    won = sum(b and not a for a, b in zip(first, second, strict=True))
+    changed = lost + won
+    if changed == 0:
+        return 1.0
+    tail = sum(math.comb(changed, count) for count in range(min(lost, won) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def wilson(successes: int, samples: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's interval of a share; ValueError unless 0 <= successes <= samples and samples > 0."""
+    if samples <= 0 or not 0 <= successes <= samples:
+        raise ValueError(f"{successes} successes in {samples} samples is no share")
+    z = _normal_quantile(0.5 + confidence / 2)
+    share = successes / samples
+    scale = 1 + z * z / samples
+    middle = (share + z * z / (2 * samples)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples**2))
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == samples else middle + half
+    return Interval(share, low, high, samples, confidence)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted = [0.0] * len(p_values)
+    running = 0.0
+    for step, place in enumerate(order):
+        running = max(running, (len(p_values) - step) * p_values[place])
+        adjusted[place] = min(1.0, running)
+    return adjusted
+
+
+def unseen_share(samples: int, *, confidence: float = 0.95) -> float:
+    """Largest share of changed samples that none in `samples` pairs leaves possible."""
+    return 1.0 - (1.0 - confidence) ** (1.0 / samples)
+
+
+def _resampled_means(
+    values: NDArray[np.float64], draws: int, random: np.random.Generator
+) -> NDArray[np.float64]:
+    """(draws,) means of bootstrap samples; a distinct-value count makes it quick for 0/1 scores."""
+    kinds, counts = np.unique(values, return_counts=True)
+    picked = random.multinomial(len(values), counts / len(values), size=draws)
+    return picked @ kinds / len(values)
+
+
+def _percentiles(means: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    edge = 50 * (1 - confidence)
+    low, high = np.percentile(means, [edge, 100 - edge])
+    return float(low), float(high)
+
+
+def _normal_quantile(probability: float) -> float:
+    """Inverse of the standard normal distribution function, by bisection of erf."""
+    low, high = -10.0, 10.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if 0.5 * (1 + math.erf(middle / math.sqrt(2))) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
