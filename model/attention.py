@@ -1,0 +1,270 @@
+"""The attention function that transformers calls in every layer of a converted model.
+
+transformers hands keyword arguments of `model(...)` down to the attention function, so the mode, the
+document bounds and the place for a layer's report travel as one argument, `msa_call`; nothing is global.
+Registered beside it: a mask function, without which transformers would pass no mask at all and padding
+and packing would be lost. It returns document ids, since a block-diagonal causal mask is all we serve.
+
+Shapes: q (B, H, T, D), k and v (B, G, S, D), index q (B, G, T, D_idx), index k (B, 1, S, D_idx).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..kernels import ops
+from ..kernels.measures import SelectionMeasures, measure_selection
+from .bridge import passed
+from .geometry import Geometry
+
+NAME = "dense2sparse"
+"""Name of the attention implementation in transformers' registry."""
+
+Mode = Literal["dense", "warmup", "sparse", "oracle"]
+"""dense: full attention. warmup: the same, KL over full rows. sparse: blocks of the index branch.
+oracle: blocks of the largest true attention mass."""
+
+
+@dataclass
+class LayerReport:
+    """What one sparse layer says about one forward pass."""
+
+    kl: Tensor | None = None
+    """KL_layer, scalar, unweighted: mean over rows and index heads."""
+    block_ids: Tensor | None = None
+    """(B, G, N, K) int32; a recomputation under activation checkpointing reads them again (trap 3)."""
+    measures: SelectionMeasures | None = None
+    """Coverage and recall, where the call asked for them and any query had a choice."""
+
+
+@dataclass
+class AttentionCall:
+    """How one forward pass attends; make a new one for every pass: `model(..., msa_call=call)`."""
+
+    mode: Mode
+    top_k: int | None = None
+    """Blocks per query; None takes the checkpoint's."""
+    document_ids: Tensor | None = None
+    """(B, S) int32; None takes them from the attention mask or restarting position ids."""
+    kl_weight: float | None = None
+    """Weight of each layer's KL in the gradient; None computes no KL."""
+    attach_kl: bool = True
+    """The KL's gradient travels with the layer's output (traps 1 and 2). False leaves `reports[i].kl`
+    with its own graph, for a frozen backbone whose outputs have none."""
+    measure: bool = False
+    """Fill `reports[i].measures`."""
+    reports: dict[int, LayerReport] = field(default_factory=dict)
+    """By layer index, sparse layers only."""
+
+
+class _CarryKL(torch.autograd.Function):
+    """Identity on the layer's output whose backward also feeds `weight` to the KL."""
+
+    @staticmethod
+    def forward(ctx, out, kl, weight):
+        ctx.save_for_backward(kl.new_full((), weight))
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return grad_out, ctx.saved_tensors[0], None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    index_q: Tensor | None = None,
+    index_k: Tensor | None = None,
+    msa_call: AttentionCall | None = None,
+    msa_observer: Callable[..., None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer; returns (B, T, H, D) as transformers expects. Dropout is not applied.
+
+    Raises:
+        ValueError: attention with soft-capping or sinks, which MSA does not define.
+    """
+    msa_call = passed(module, "msa_call", msa_call)
+    msa_observer = passed(module, "msa_observer", msa_observer)
+    if msa_observer is not None:
+        msa_observer(
+            module, query, key, scaling=scaling, sliding_window=sliding_window, extra=kwargs
+        )
+    if sliding_window is not None:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} uses {name}, which sparse attention does not define"
+            )
+    documents = attention_mask
+    if msa_call is not None and msa_call.document_ids is not None:
+        documents = msa_call.document_ids
+    offset = key.shape[2] - query.shape[2]
+    if index_q is None or index_k is None:
+        out, _ = ops.dense_attention(
+            query, key, value, scale=scaling, document_ids=documents, query_offset=offset
+        )
+    else:
+        call = msa_call or AttentionCall(module.msa_mode, top_k=module.msa_top_k)
+        layer = _SparseLayer(
+            module.msa_geometry, call, module.layer_idx, scaling, documents, offset
+        )
+        out = layer(query, key, value, index_q, index_k)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _SparseLayer:
+    """One sparse layer in one forward pass."""
+
+    geometry: Geometry
+    call: AttentionCall
+    layer: int
+    scale: float | None
+    documents: Tensor | None
+    offset: int
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor) -> Tensor:
+        call, geometry = self.call, self.geometry
+        wants_report = call.kl_weight is not None or call.measure
+        if call.mode == "sparse" and q.shape[2] == 1 and not wants_report:
+            return ops.sparse_decode(
+                q,
+                k,
+                v,
+                index_q,
+                index_k,
+                **self._budget,
+                scale=self.scale,
+                document_ids=self.documents,
+            )
+        report = call.reports.setdefault(self.layer, LayerReport())
+        common = {"scale": self.scale, "document_ids": self.documents}
+        if call.mode in ("dense", "warmup"):
+            out, lse = ops.dense_attention(q, k, v, **common, query_offset=self.offset)
+            support: dict[str, Any] = {}
+        else:
+            if report.block_ids is None:
+                report.block_ids = self._select(q, k, index_q, index_k)
+            support = {"block_ids": report.block_ids, "block_size": geometry.block_size}
+            out, lse = ops.sparse_attention(q, k, v, **support, **common, query_offset=self.offset)
+        if call.measure and report.measures is None:
+            self._measure(report, q, k, index_q, index_k)
+        if call.kl_weight is not None:
+            scale = geometry.index_scale
+            kl = ops.index_kl(q, k, lse, index_q, index_k, **support, **common, index_scale=scale)
+            report.kl = kl.detach() if call.attach_kl else kl
+            if call.attach_kl and torch.is_grad_enabled() and kl.requires_grad:
+                out = _CarryKL.apply(out, kl, call.kl_weight)
+        return out
+
+    @property
+    def _budget(self) -> dict[str, int]:
+        geometry = self.geometry
+        return {
+            "block_size": geometry.block_size,
+            "top_k": self.call.top_k or geometry.top_k,
+            "local_blocks": geometry.local_blocks,
+            "init_blocks": geometry.init_blocks,
+        }
+
+    def _select(self, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> Tensor:
+        where = {"document_ids": self.documents, "query_offset": self.offset}
+        if self.call.mode == "oracle":
+            return ops.select_by_mass(q, k, **self._budget, **where, scale=self.scale)
+        return ops.select_blocks(index_q, index_k, **self._budget, **where)
+
+    def _measure(self, report: LayerReport, q, k, index_q, index_k) -> None:
+        if self.offset:
+            raise ValueError("coverage is measured on whole rows: run without a cache")
+        ids = report.block_ids
+        if ids is None:
+            ids = self._select(q, k, index_q, index_k)
+        budget = self._budget
+        budget.pop("top_k")
+        report.measures = measure_selection(
+            q, k, ids, **budget, scale=self.scale, document_ids=self.documents
+        )
+
+
+def document_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Document ids (B, S) int32 of a padded or packed batch, or None where each row is one document.
+
+    A new document starts where a token does not see its predecessor (packing) and where the padding mask
+    changes. So left padding is a document of its own, and the blocks of a left-padded prompt start at its
+    first real token (trap 4). Layers with a sliding window get the mask of transformers' own SDPA path.
+    """
+    if local_size is not None:
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            **({} if mask_function is None else {"mask_function": mask_function}),
+            attention_mask=attention_mask,
+            local_size=local_size,
+            device=device,
+            **kwargs,
+        )
+    starts = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        padding = attention_mask[:, -kv_length:].to(device=device, dtype=torch.bool)
+        starts[:, 1:] |= padding[:, 1:] != padding[:, :-1]
+    # Packing is found from whole rows of position ids, so it needs every query at hand.
+    if mask_function is not None and q_length == kv_length and kv_length > 1:
+        here = torch.arange(1, kv_length, device=device)
+        rows = torch.arange(batch_size, device=device)[:, None]
+        sees = mask_function(rows, torch.zeros_like(rows), here[None], here[None] - 1)
+        starts[:, 1:] |= ~torch.as_tensor(sees, device=device).expand(batch_size, kv_length - 1)
+    return starts.cumsum(dim=1, dtype=torch.int32) if bool(starts.any()) else None
+
+
+def register() -> None:
+    """Make the implementation known to transformers; harmless when repeated."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, document_mask)
+
+
+@contextmanager
+def attention_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> Iterator[None]:
+    """Default mode of forward passes without `msa_call`, such as those of `generate`."""
+    layers = [module for module in model.modules() if hasattr(module, "msa_mode")]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no sparse layer: convert or load it first")
+    before = [(layer.msa_mode, layer.msa_top_k) for layer in layers]
+    try:
+        for layer in layers:
+            layer.msa_mode, layer.msa_top_k = mode, top_k
+        yield
+    finally:
+        for layer, (old_mode, old_top_k) in zip(layers, before, strict=True):
+            layer.msa_mode, layer.msa_top_k = old_mode, old_top_k
