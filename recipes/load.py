@@ -21,9 +21,9 @@ from .deepspeed_keys import (
 )
 from .explain import explain
 from .schema import Recipe
-from .strict_yaml import RecipeError, parse, read_recipe_file
+from .strict_yaml import RecipeError, dump, parse, read_recipe_file
 
-__all__ = ["RecipeError", "fingerprint", "load", "resolved", "zero_stage"]
+__all__ = ["RecipeError", "as_yaml", "fingerprint", "load", "resolved", "zero_stage"]
 
 # What may differ when a run is resumed: where things are kept, and what is written how often.
 NOT_IN_FINGERPRINT = (
@@ -64,6 +64,11 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json")
     tree["deepspeed"] = with_default_stage(tree["deepspeed"])
     return tree
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """`resolved(recipe)` as YAML that `load` reads again."""
+    return dump(resolved(recipe))
 
 
 def zero_stage(recipe: Recipe) -> int:

@@ -100,6 +100,11 @@ def parse(text: str) -> Any:
     return tree
 
 
+def dump(tree: Any) -> str:
+    """YAML that `parse` reads back as the same values."""
+    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 def _check_size(tree: Any) -> None:
     """Bound depth and number of values with aliases expanded, before anything walks the tree."""
     count = 0
@@ -197,3 +202,14 @@ _StrictLoader.add_implicit_resolver(
 )
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"])
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_number)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes what only this module's parser reads as a number."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        number = re.fullmatch(r"[-+]?[0-9._]+([eE][-+]?[0-9]+)?", text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if number else None)
+
+
+_StrictDumper.add_representer(str, _StrictDumper.represent_text)

@@ -1,0 +1,125 @@
+"""The `dense2sparse` command: checks the recipe without torch, then hands over.
+
+    dense2sparse run RECIPE [a.b=c ...]           through the DeepSpeed launcher, on this machine's devices
+    dense2sparse run --hostfile HOSTS RECIPE ...  on several (launch/multinode.sh, launch/slurm.sh)
+    dense2sparse plan RECIPE [a.b=c ...]          the resolved recipe and its stages
+    dense2sparse preflight | eval RECIPE ...      and: export | report RUN_FOLDER ...
+
+Exit codes: 0 done; 1 failed; 2 the recipe or the command cannot be used (one sentence on stderr);
+75 asked to stop: saved, and the same command continues (a scheduler should requeue it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+from ..recipes.load import RecipeError, load
+from .plan import plan_text
+from .run import EXIT_BAD_RECIPE, Cluster, LaunchError, child_environment, own_gpus, run, run_folder
+
+TRAIN_MODULE = "dense2sparse.train.run"
+HANDED_OVER = {
+    "preflight": ("dense2sparse.train.preflight", "what a run will cost and whether it can work"),
+    "eval": ("dense2sparse.eval.run", "the evaluation stages alone, on any converted checkpoint"),
+    "export": ("dense2sparse.model.export", "a finished run as a folder for other software"),
+    "report": ("dense2sparse.eval.report", "the report of a run's folder, made again"),
+}
+TAKE_A_RECIPE = ("preflight", "eval")
+
+
+def main(argv: Sequence[str] | None = None, *, module: str = TRAIN_MODULE) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; default those of the process.
+        module: what the launcher starts on every rank.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in HANDED_OVER:
+        return _hand_over(arguments[0], arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        recipe = load(options.recipe, options.overrides)
+        if options.command == "plan":
+            print(plan_text(recipe, str(run_folder(recipe))))
+            return 0
+        cluster = Cluster(
+            ranks=options.ranks,
+            hostfile=options.hostfile,
+            no_ssh=options.no_ssh,
+            node_rank=options.node_rank,
+            master_addr=options.master_addr,
+            master_port=options.master_port,
+        )
+        return run(recipe, options.recipe, options.overrides, cluster, module=module)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `plan ... | head`
+        return 0
+    except (RecipeError, LaunchError) as error:
+        print(f"dense2sparse: {error}", file=sys.stderr)
+        return EXIT_BAD_RECIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dense2sparse",
+        description="Convert a dense language model to MiniMax Sparse Attention, and measure the cost.",
+        epilog="exit codes: 0 done, 1 failed, 2 bad recipe or command, 75 stopped and resumable",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    runs = commands.add_parser("run", help="start or continue a run on this machine or a cluster")
+    plan = commands.add_parser("plan", help="print the resolved recipe and its stages")
+    for name, (_, text) in HANDED_OVER.items():
+        commands.add_parser(name, help=text)
+    for command in (runs, plan):
+        command.add_argument("recipe", help="YAML file, for example recipes/quickstart.yaml")
+        command.add_argument(
+            "overrides", nargs="*", metavar="a.b=c", help="values that replace the recipe's"
+        )
+    runs.add_argument("--ranks", type=_positive, help="processes (default: every GPU, or 1 on CPU)")
+    runs.add_argument("--hostfile", help="nodes, one `name slots=N` a line; default: this machine")
+    runs.add_argument("--no_ssh", action="store_true", help="start this node's ranks only")
+    runs.add_argument(
+        "--node_rank", type=int, help="with --no_ssh: this node's line in the hostfile"
+    )
+    runs.add_argument("--master_addr", help="address of the first node")
+    runs.add_argument("--master_port", type=_positive, help="default 29500; one node: a free port")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _hand_over(command: str, arguments: list[str]) -> int:
+    """Become `python -m module`, after the recipe is known to be good; returns on a mistake only."""
+    module, _ = HANDED_OVER[command]
+    wants_help = not arguments or arguments[0] in ("-h", "--help")
+    try:
+        if command in TAKE_A_RECIPE and not wants_help:
+            # The module reads its own options; a word with = and without dashes is an override.
+            overrides = [a for a in arguments[1:] if "=" in a and not a.startswith("-")]
+            load(arguments[0], overrides)
+        if importlib.util.find_spec(module) is None:
+            raise LaunchError(
+                f"{command}: the module {module} is not installed; reinstall the package"
+            )
+        environ = child_environment(os.environ, own_gpus())
+    except (RecipeError, LaunchError) as error:
+        print(f"dense2sparse: {error}", file=sys.stderr)
+        return EXIT_BAD_RECIPE
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module, *(arguments or ["--help"])], environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
