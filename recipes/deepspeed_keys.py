@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from .explain import shown
 from .schema import Section
 
-DEFAULT_ZERO_STAGE = 1
+DEFAULT_ZERO_STAGE: Literal[1] = 1
 
 OWNED: dict[str, str] = {
     "train_batch_size": "stages.N.micro_batch_size and stages.N.gradient_accumulation",

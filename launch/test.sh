@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The test suite in an environment of its own:
+#
+#   ./launch/test.sh [pytest arguments]       for example tests/recipes -x
+#
+# Style and types first, since they take seconds.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/_environment.sh
+source launch/_environment.sh
+
+prepare_environment launch/requirements.txt launch/requirements-test.txt
+export PATH="$PWD/.venv/bin:$PATH"
+# Tiny models: threads cost more than they give, and ranks must not fight over the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+SECONDS=0
+status=0
+step() {
+    say "== $1"
+    shift
+    "$@" || status=1
+}
+
+step "ruff check" ruff check .
+step "ruff format" ruff format --check .
+# mypy needs a folder that is called like the package; .typing/dense2sparse is a link to this one.
+mkdir -p .typing
+ln -sfn .. .typing/dense2sparse
+packages=()
+for folder in recipes kernels data model train eval launch; do
+    if compgen -G "$folder/*.py" >/dev/null; then packages+=(-p "dense2sparse.$folder"); fi
+done
+step "mypy" env MYPYPATH=.typing mypy "${packages[@]}"
+step "pytest" python -m pytest "$@"
+
+if ((status)); then
+    say "FAILED after $SECONDS s"
+else
+    say "passed in $SECONDS s"
+fi
+exit "$status"
