@@ -1,13 +1,14 @@
 """Checkpoints that survive kill -9 at any moment, also during a save.
 
-    checkpoints/step-000123/   deepspeed/state/...  what DeepSpeed writes: weights, masters, optimizer
+    checkpoints/step-000123/   deepspeed/state/...  what DeepSpeed writes
                                ranks/rank-00000.pt  random states and data position of one rank
                                state.json           written last: the checkpoint exists when it does
 
-DeepSpeed itself writes in place and moves its `latest` pointer before the last rank is done; killing a rank
-there leaves a tag that some ranks load and others do not. So the pointer is ours: `state.json` names every
-file with its size (small ones with their checksum), is written by rename after all files are synced, and all
-ranks agree on the newest complete checkpoint before any of them loads.
+DeepSpeed itself writes in place and moves its `latest` pointer before the last rank is done;
+killing a rank there leaves a tag that some ranks load and others do not. So the pointer is ours:
+`state.json` names every file with its size (small ones with their checksum), is written by rename
+after all files are synced, and all ranks agree on the newest complete checkpoint before any of them
+loads.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ def _rank() -> int:
 class _WriteGuard:
     """Records a failed write instead of raising, so that DeepSpeed's barriers are still reached.
 
-    A rank that raised inside `save_checkpoint` would leave its peers in a barrier for ever. Every file
-    is also synced here, by the rank that wrote it.
+    A rank that raised inside `save_checkpoint` would leave its peers in a barrier for ever. Every
+    file is also synced here, by the rank that wrote it.
     """
 
     def __init__(self, checkpoint_engine: Any) -> None:
@@ -281,8 +282,9 @@ def load(engine: Any, checkpoint: Checkpoint) -> dict[str, Any]:
 def prune(root: Path, *, keep: int, stage_index: int | None = None) -> None:
     """Remove what is no longer needed; rank 0 calls this after a new checkpoint is complete.
 
-    Removed: unfinished folders, and complete ones beyond the `keep` newest (of one stage, if given).
-    `state.json` goes first, so that a kill during the removal leaves no checkpoint that looks whole.
+    Removed: unfinished folders, and complete ones beyond the `keep` newest (of one stage, if
+    given). `state.json` goes first, so that a kill during the removal leaves no checkpoint that
+    looks whole.
     """
     kept = 0
     for folder in _step_folders(root):

@@ -1,4 +1,4 @@
-"""What every part of one run shares: the recipe, the run's folder, this process's place among the ranks."""
+"""What every part of one run shares: recipe, folder, this process's place among the ranks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """One DeepSpeed engine per training stage.
 
-Weights pass from stage to stage by a full-precision export, never by flipping `requires_grad` on a live
-engine: each ZeRO stage goes wrong in its own way there (docs/log.md). Only torch's AdamW is used: it needs no
-compiler and its update is the same in every ZeRO stage.
+Weights pass from stage to stage by a full-precision export, never by flipping `requires_grad` on a
+live engine: each ZeRO stage goes wrong in its own way there (docs/log.md). Only torch's AdamW is
+used: it needs no compiler and its update is the same in every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -112,6 +112,16 @@ def parameter_groups(
     return groups
 
 
+def set_checkpointing(model: Any, stage: Any) -> None:
+    """Recompute activations in the backward pass where the stage asks for it.
+
+    Never with a frozen backbone: nothing flows back through it, so nothing is kept for it, and under
+    ZeRO-3 the recomputation would see other metadata than the forward pass did.
+    """
+    if stage.activation_checkpointing and stage.backbone_lr is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def start_engine(
     objective: Objective,
     groups: list[dict[str, Any]],
@@ -121,8 +131,9 @@ def start_engine(
 ) -> Any:
     """Wrap a float32 objective in an engine; float32 masters start from its exact weights.
 
-    With bf16, DeepSpeed rounds the module first and takes the masters from the rounded weights, and it
-    rounds float32 buffers too (rotary frequencies: wrong angles at long rows). Both are put back.
+    With bf16, DeepSpeed rounds the module first and takes the masters from the rounded weights, and
+    it rounds float32 buffers too (rotary frequencies: wrong angles at long rows). Both are put
+    back.
     """
     import deepspeed
 
@@ -155,8 +166,8 @@ def _set_masters(engine: Any, exact: dict[str, Tensor]) -> None:
 def masters(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and whole float32 value of every trained parameter; every rank calls this (collective).
 
-    Names are those of the language model (without the objective's prefix). Values are on the engine's
-    device and valid until the next one is asked for.
+    Names are those of the language model (without the objective's prefix). Values are on the
+    engine's device and valid until the next one is asked for.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 

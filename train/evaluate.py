@@ -1,4 +1,4 @@
-"""Evaluation stages inside a run: they hand over to `eval/stages.py` and leave a `done.json` as others do."""
+"""Evaluation stages inside a run: handed over to `eval/stages.py`, with a `done.json` as others."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Analytic cost of a training token, the device's peak and the peak memory: the parts of MFU.
 
-Model FLOPs, after msa.md section 6: matrix products only, recomputation not counted, a token sees the keys
-of its own document. The forward pass of a token costs 2 FLOPs per weight that multiplies it; per layer and
-visible key the attention costs 4 H_q d_h and the index scores 2 H_idx d_idx. A backward pass costs twice its
-forward pass, and half of that where only the inputs need a gradient.
+Model FLOPs, after msa.md section 6: matrix products only, recomputation not counted, a token sees
+the keys of its own document. The forward pass of a token costs 2 FLOPs per weight that multiplies
+it; per layer and visible key the attention costs 4 H_q d_h and the index scores 2 H_idx d_idx. A
+backward pass costs twice its forward pass, and half of that where only the inputs need a gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 # Dense peak in TFLOP/s without sparsity, from the vendors' data sheets: (bf16, fp32 without TF32).
 # Longer names first: "H100 PCIe" must not be read as "H100".
@@ -58,17 +57,18 @@ class ModelCost:
 
 
 def model_cost(
-    model: nn.Module, config: Any, sparse: Mapping[str, Any], index_names: set[str]
+    model: Any, index_names: set[str], sparse: Mapping[str, Any] | None = None
 ) -> ModelCost:
     """Read a `ModelCost` off a converted model (its tensors may lie on the meta device).
 
     Args:
-        config: the text model's configuration.
-        sparse: its `sparse_attention_config` block.
         index_names: names of the index branch's parameters.
+        sparse: a `sparse_attention_config` block; default the model's own.
     """
-    head = model.get_output_embeddings().weight  # type: ignore[operator]
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    sparse = sparse or model.config.sparse_attention_config
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
     num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     active = (getattr(config, "num_experts_per_tok", None) or 1) / (num_experts or 1)
     backbone, index = 0.0, 0.0

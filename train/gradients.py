@@ -1,8 +1,9 @@
 """Gradient norms of the index branch and of the backbone, before clipping, under every ZeRO stage.
 
-DeepSpeed reports one norm for all weights. The two branches are separate parameter groups here, and each of
-its optimizers can give a norm per group between the last backward pass of a step and `engine.step()`. Where
-the gradients lie, and whether a group's norm still has to be summed over ranks, differs by optimizer:
+DeepSpeed reports one norm for all weights. The two branches are separate parameter groups here, and
+each of its optimizers can give a norm per group between the last backward pass of a step and
+`engine.step()`. Where the gradients lie, and whether a group's norm still has to be summed over
+ranks, differs by optimizer:
 
     fp32, ZeRO 0          plain AdamW; gradients are averaged and whole on every rank
     bf16, ZeRO 1          BF16_Optimizer; float32 gradients are averaged and whole on every rank

@@ -1,4 +1,4 @@
-"""Whether a run's folder belongs to this recipe and this number of ranks; checked before torch is imported."""
+"""Whether a run's folder belongs to this recipe and these ranks; checked before torch is imported."""
 
 from __future__ import annotations
 

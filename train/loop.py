@@ -1,4 +1,4 @@
-"""The step loop of one training stage: micro batches, records, measurements, checkpoints, the stage's end."""
+"""The step loop of one training stage: micro batches, records, measurements, checkpoints, end."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ class StageLoop:
         )
         self.engine.train()
         sums = StepSums()
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number:
+                self.engine.step()  # counts a micro batch; it updates nothing before the last one
             self._micro_batch(batch, normaliser, sums if logged else None)
         norms = branch_norms(self.engine) if logged else {}
         self.engine.step()
@@ -182,8 +184,9 @@ class StageLoop:
     def _micro_batch(self, batch: Any, normaliser: float, sums: StepSums | None) -> None:
         """Forward and backward of one micro batch.
 
-        The engine divides the loss by the accumulation; the attached KL never passes through the loss,
-        so its weight carries that division itself. Rank averaging covers both: it is on gradients.
+        The engine divides the loss by the accumulation; the attached KL never passes through the
+        loss, so its weight carries that division itself. Rank averaging covers both: it is on
+        gradients.
         """
         weight = 1.0 if self.frozen else self.kl_scale / self.stage.gradient_accumulation
         call = self._call(batch, kl_weight=weight, attach_kl=not self.frozen)

@@ -1,14 +1,15 @@
-"""The objective of a training step: L = L_LM + lambda * sum over sparse layers of KL_layer (msa.md, section 3).
+"""The objective of a training step: L = L_LM + lambda * sum over sparse layers of KL_layer.
 
-`Objective` wraps the language model, so that the whole step runs inside the engine's forward pass and ZeRO-3
-gathers every weight it needs. The logits of a row are never whole: the head runs over chunks of tokens, each
-recomputed in the backward pass by non-reentrant checkpointing, which stays exact under every ZeRO stage and
-under gradient accumulation (the tiled helper of DeepSpeed does not).
+`Objective` wraps the language model, so that the whole step runs inside the engine's forward pass
+and ZeRO-3 gathers every weight it needs. The logits of a row are never whole: the head runs over
+chunks of tokens, each recomputed in the backward pass by non-reentrant checkpointing, which stays
+exact under every ZeRO stage and under gradient accumulation (the tiled helper of DeepSpeed does
+not).
 
-Averages. A micro batch's LM loss is divided by `normaliser` = target tokens of the whole step / (ranks *
-accumulation), not by its own count: DeepSpeed then averages over ranks and accumulation, and the result is
-the mean over all target tokens of the step, however they fell. KL_layer is a mean over rows, and every micro
-batch has as many.
+Averages. A micro batch's LM loss is divided by `normaliser` = target tokens of the whole step /
+(ranks * accumulation), not by its own count: DeepSpeed then averages over ranks and accumulation,
+and the result is the mean over all target tokens of the step, however they fell. KL_layer is a mean
+over rows, and every micro batch has as many.
 
 Shape legend: B rows, N tokens, V vocabulary, E hidden width.
 """
@@ -90,7 +91,8 @@ class Objective(nn.Module):
             input_ids, position_ids, targets: (B, N) int64.
             call: AttentionCall of this pass; its `reports` are filled.
             normaliser: target tokens a micro batch has in the mean over the step.
-            kl_scale: None in joint stages: the loss is the LM loss, and the KL's gradient travels with
+            kl_scale: None in joint stages: the loss is the LM loss, and the KL's gradient travels
+            with
                 the layers' outputs. Else (frozen backbone) the loss is kl_scale * sum of the KLs.
             with_lm: whether to compute the LM loss where it is not differentiated.
 

@@ -1,8 +1,10 @@
-"""Metrics: every name that a run may record, `metrics.jsonl`, Weights & Biases and the progress line.
+"""Metrics: every name that a run may record, `metrics.jsonl`, Weights & Biases and the progress
+line.
 
-The loop and the evaluation stages hand plain numbers to `Metrics.log`; a name that is not declared here is
-refused. The x-axis is tokens: `define_metric` ties every wandb series to it, because a resumed run repeats
-steps and wandb drops points whose own step goes backwards. Only rank 0 builds a `Metrics`.
+The loop and the evaluation stages hand plain numbers to `Metrics.log`; a name that is not declared
+here is refused. The x-axis is tokens: `define_metric` ties every wandb series to it, because a
+resumed run repeats steps and wandb drops points whose own step goes backwards. Only rank 0 builds a
+`Metrics`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One whole run: `deepspeed --module dense2sparse.train.run RECIPE [a.b=c ...]`.
 
-The recipe is checked before torch is imported; a mistake in it is one sentence and exit code 2. Then the
-stages run in order, each leaving `stages/<n>-<kind>/done.json`, so that the same command again continues
-where the run stood.
+The recipe is checked before torch is imported; a mistake in it is one sentence and exit code 2.
+Then the stages run in order, each leaving `stages/<n>-<kind>/done.json`, so that the same command
+again continues where the run stood.
 
 Exit codes: 0 done, 2 a mistake of the user, 75 asked to stop and resumable, 1 failed.
 """

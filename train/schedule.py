@@ -1,4 +1,5 @@
-"""Learning rates as a pure function of the step number, so that a resumed run needs no state for them."""
+"""Learning rates as a pure function of the step number, so that a resumed run needs no state for
+them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One training stage from its starting weights to its export: model, engine, data, resume, hand-over.
+"""One training stage from its starting weights to its export.
 
-    stages/<n>-<kind>/hf/        full-precision weights, readable by plain transformers; the next stage's start
+    stages/<n>-<kind>/hf/        full-precision weights; the next stage starts from them
     stages/<n>-<kind>/done.json  written last; a stage that has it is skipped
 
 Checkpoints of a finished stage are removed: its export replaces them.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer
 
 from ..data.loader import RowLoader, heldout_rows
@@ -26,6 +25,7 @@ from .engine import (
     deepspeed_config,
     masters,
     parameter_groups,
+    set_checkpointing,
     start_engine,
     stop_engine,
 )
@@ -71,12 +71,11 @@ def run_training_stage(
     torch.manual_seed(recipe.train.seed + index)
     model = convert.load(source, dtype=torch.float32)
     check_head(model)
-    cost = _cost(model)
-    sparse_layers = _sparse_layers(model)
-    _set_checkpointing(model, stage)
-    groups = parameter_groups(
-        stage, convert.index_parameters(model), convert.backbone_parameters(model)
-    )
+    set_checkpointing(model, stage)
+    index = convert.index_parameters(model)
+    sparse_layers = convert.geometry_of(model).sparse_layers
+    cost = model_cost(model, {name for name, _ in index})
+    groups = parameter_groups(stage, index, convert.backbone_parameters(model))
     config = deepspeed_config(
         recipe.deepspeed,
         zero_stage=zero_stage(recipe),
@@ -132,29 +131,6 @@ def run_training_stage(
     loader.close()
     stop_engine(engine)
     return done
-
-
-def _cost(model: nn.Module) -> Any:
-    config = model.config.get_text_config()
-    names = {name for name, _ in convert.index_parameters(model)}
-    return model_cost(model, config, model.config.sparse_attention_config, names)
-
-
-def _sparse_layers(model: nn.Module) -> list[int]:
-    flags = model.config.sparse_attention_config["sparse_attention_freq"]
-    return [layer for layer, flag in enumerate(flags) if flag]
-
-
-def _set_checkpointing(model: nn.Module, stage: Any) -> None:
-    """Recompute activations where the stage asks for it.
-
-    Never with a frozen backbone: nothing flows back through it, so nothing is kept for it, and under
-    ZeRO-3 the recomputation would see other metadata than the forward pass did.
-    """
-    if stage.activation_checkpointing and stage.backbone_lr is not None:
-        model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
 
 
 def _loader(context: RunContext, index: int, tokenizer: Any) -> RowLoader:

@@ -1,8 +1,8 @@
 """How a run begins: the dense checkpoint is found and converted once, into `start/hf`.
 
-Rank 0 does the work, the others wait; `start/done.json` is written last. What is converted depends on the
-recipe only (calibration rows come from the training data in the order of the seed), so a start that was
-interrupted is simply made again.
+Rank 0 does the work, the others wait; `start/done.json` is written last. What is converted depends
+on the recipe only (calibration rows come from the training data in the order of the seed), so a
+start that was interrupted is simply made again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def prepare_start(context: RunContext) -> tuple[Path, Path]:
     done = read_json(mark)
     if done is None:
         raise ValueError(
-            f"{mark} is not visible on rank {context.rank}: output_dir={context.recipe.output_dir!r} must be "
+            f"{mark} is not visible on rank {context.rank}: output_dir must be "
             "one path that all nodes share"
         )
     return Path(done["original"]), context.run_dir / "start" / "hf"

@@ -1,8 +1,9 @@
 """Being asked to stop: SIGTERM, SIGUSR1, SIGINT or a file named STOP in the run's folder.
 
-Inside the training loop a request only sets a flag; all ranks agree on it at the next step boundary, save and
-leave with the exit code 75 ("requeue"). Everywhere else (fetching, converting, evaluating) nothing is lost by
-leaving at once, because those parts write atomically or line by line and pick up where they stood.
+Inside the training loop a request only sets a flag; all ranks agree on it at the next step
+boundary, save and leave with the exit code 75 ("requeue"). Everywhere else (fetching, converting,
+evaluating) nothing is lost by leaving at once, because those parts write atomically or line by line
+and pick up where they stood.
 """
 
 from __future__ import annotations
