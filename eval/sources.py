@@ -101,8 +101,8 @@ def fetch_wheel(requirement: str, cache_dir: str | Path) -> Path:
                 fetched = pip_download(requirement, Path(scratch))
             except FetchError as error:
                 raise SourceUnavailable(
-                    f"RULER prompts need a package that cannot be had ({error}): reach PyPI once, or put the "
-                    f"wheel of {requirement} into {folder}"
+                    f"RULER prompts need a package that cannot be had ({error}): "
+                    f"reach PyPI once, or put the wheel of {requirement} into {folder}"
                 ) from error
             if not _is_pinned(fetched, requirement):
                 raise SourceUnavailable(

@@ -1,0 +1,119 @@
+"""The four arms of every comparison, and the models behind them.
+
+    A original_dense       the checkpoint as it was            A - B  training drift
+    B converted_dense      converted weights, full attention   B - D  budget cost
+    C converted_sparse     blocks of the index branch          D - C  indexer error
+    D converted_oracle     blocks of the true attention mass
+
+B, C and D are one loaded model in three attention modes; A is loaded before and freed.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model.attention import attention_mode
+from ..model.convert import load, load_dense
+
+_MODES = {"converted_dense": "dense", "converted_sparse": "sparse", "converted_oracle": "oracle"}
+_WINDOW = 1 << 16
+_NUM_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One arm at one budget; `top_k` is None where all blocks are read."""
+
+    arm: str
+    top_k: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Name in files and tables, for example `converted_sparse-k16`."""
+        return self.arm if self.top_k is None else f"{self.arm}-k{self.top_k}"
+
+    def attention(self, model: Any) -> AbstractContextManager[None]:
+        """Context in which `model` attends as this arm does."""
+        if self.arm == "original_dense":
+            return nullcontext()
+        return attention_mode(model, _MODES[self.arm], top_k=self.top_k)  # type: ignore[arg-type]
+
+
+def arm_runs(arms: Iterable[str], top_ks: Sequence[int]) -> list[ArmRun]:
+    """Every arm at every budget that matters to it, the original first so that it loads once."""
+    chosen = set(arms)
+    runs = [ArmRun(arm) for arm in ("original_dense", "converted_dense") if arm in chosen]
+    for top_k in top_ks:
+        for arm in ("converted_sparse", "converted_oracle"):
+            if arm in chosen:
+                runs.append(ArmRun(arm, top_k))
+    return runs
+
+
+class Models:
+    """Loads the model of an arm when it is first needed and keeps one at a time."""
+
+    def __init__(
+        self, original: Path, converted: Path, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._paths = {"original": original, "converted": converted}
+        self._device, self._dtype = device, dtype
+        self._held: tuple[str, Any] | None = None
+
+    def path(self, run: ArmRun) -> Path:
+        """Checkpoint folder of an arm."""
+        return self._paths[_which(run)]
+
+    def of(self, run: ArmRun) -> Any:
+        """The arm's model in evaluation mode."""
+        which = _which(run)
+        if self._held is None or self._held[0] != which:
+            self.release()
+            path = self._paths[which]
+            if which == "original":
+                model = load_dense(path, dtype=self._dtype)
+            else:
+                model = load(path, dtype=self._dtype, mode="dense")
+            self._held = (which, model.to(self._device).eval())
+        return self._held[1]
+
+    def release(self) -> None:
+        """Free the model that is held."""
+        self._held = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _which(run: ArmRun) -> str:
+    return "original" if run.arm == "original_dense" else "converted"
+
+
+def checkpoint_fingerprint(path: Path) -> str:
+    """Checksum that tells checkpoints apart: config, and each weight file's size and sampled bytes.
+
+    Sixteen windows of 64 KiB a file: milliseconds for any size, and training moves every weight.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for place in _places(size):
+                stream.seek(place)
+                digest.update(stream.read(_WINDOW))
+    return digest.hexdigest()
+
+
+def _places(size: int) -> Iterator[int]:
+    last = max(0, size - _WINDOW)
+    for step in range(_NUM_WINDOWS):
+        yield last * step // (_NUM_WINDOWS - 1)
