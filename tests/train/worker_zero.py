@@ -2,8 +2,8 @@
 
     python worker_zero.py FOLDER RANK WORLD_SIZE
 
-FOLDER holds `start` (a converted model) and `cases.json`: a list of cases with the keys name, zero, stage,
-and optional precision, split, micro_batches. Rank 0 writes `<name>.pt` per case: records of metrics.jsonl,
+FOLDER holds `start` (a converted model) and `cases.json`: cases with the keys name, zero, stage,
+and optional precision, uneven, train, heldout. Rank 0 writes `<name>.pt` per case: records of metrics.jsonl,
 masters by name before and after, live backbone bytes.
 """
 
@@ -41,8 +41,13 @@ def load_tiny():
 def batches_of(tiny, case: dict, rank: int, world_size: int) -> list:
     """Micro batches of this rank: rank r takes every w-th of one global list of rows."""
     count = case["micro_batches"] * case["stage"].get("micro_batch_size", 2)
-    split = case.get("split")
-    mine = [tiny.rows(1, seed=n * world_size + rank, split=split) for n in range(count)]
+    # Uneven: some rows hold two documents or no targets in one half, so micro batches differ in targets.
+    splits = [40, None, None, 100] if case.get("uneven") else [None]
+    places = [n * world_size + rank for n in range(count)]
+    mine = [tiny.rows(1, seed=n, split=splits[n % len(splits)]) for n in places]
+    if case.get("uneven"):
+        for place, row in zip(places, mine, strict=True):
+            row.targets[:, : 30 * (place % 4)] = -100
     size = case["stage"].get("micro_batch_size", 2)
     return [tiny.join(mine[at : at + size]) for at in range(0, count, size)]
 
