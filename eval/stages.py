@@ -31,6 +31,7 @@ from .arms import ArmRun, Models, arm_runs, checkpoint_fingerprint
 from .generate import predict
 from .prepare import Prompts, load, prepare
 from .records import read_journals, write_json
+from .report import write_report
 from .ruler import LABEL, check_lengths, check_tasks
 from .sources import ruler_words
 
@@ -233,14 +234,17 @@ def run_longbench(ctx: EvalContext, stage: Any) -> dict[str, Any]:
 
 def run_report(ctx: EvalContext, stage: Any) -> dict[str, Any]:
     """The report of everything that is under the run's folder."""
-    from .report import write_report
+    return {"kind": "report", "stage": ctx.number(stage), "files": write_the_report(ctx)}
 
-    written: dict[str, Any] = {}
+
+def write_the_report(ctx: EvalContext) -> dict[str, str]:
+    """Rank 0 writes the report's files; returns their paths (empty on other ranks)."""
+    written: dict[str, str] = {}
     if ctx.rank == 0:
         written = {name: str(path) for name, path in write_report(ctx.run_dir).items()}
         ctx.say(f"report: {written['html']}")
     ctx.barrier()
-    return {"kind": "report", "stage": ctx.number(stage), "files": written}
+    return written
 
 
 def _predict(

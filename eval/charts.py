@@ -1,0 +1,191 @@
+"""Small SVG charts with no script and no network; colours are the page's CSS variables (--c0 ...)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 40
+_COLOURS = 8
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points (x, y) in order of x; `colour` is an index into the page's palette."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 0
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of an interval chart."""
+
+    name: str
+    estimate: float
+    low: float
+    high: float
+    colour: int = 0
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    marks: Sequence[tuple[float, str]] = (),
+    y_range: tuple[float, float] | None = None,
+) -> str:
+    """Lines over x, with a legend; `marks` are vertical lines with a word, such as a stage's begin."""
+    xs = [x for one in series for x, _ in one.points]
+    ys = [y for one in series for _, y in one.points if math.isfinite(y)]
+    if not xs or not ys:
+        return ""
+    low, high = y_range or _padded(min(ys), max(ys))
+    frame = _Frame(min(xs), max(xs), low, high)
+    parts = [_axes(frame, x_label, y_label)]
+    for x, word in marks:
+        parts.append(
+            f'<line class="mark" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" y1="{_TOP}" '
+            f'y2="{HEIGHT - _BOTTOM}"/><text class="note" x="{frame.x(x) + 4:.1f}" y="{_TOP + 10}">'
+            f"{escape(word)}</text>"
+        )
+    for one in series:
+        kept = [(x, y) for x, y in one.points if math.isfinite(y)]
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in kept)
+        dash = ' stroke-dasharray="5 4"' if one.dashed else ""
+        colour = f"var(--c{one.colour % _COLOURS})"
+        parts.append(f'<polyline fill="none" stroke="{colour}"{dash} points="{path}"/>')
+        if len(kept) <= 40:
+            parts += [
+                f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6" fill="{colour}">'
+                f"<title>{escape(one.name)}: {number(y)} at {number(x)}</title></circle>"
+                for x, y in kept
+            ]
+    legend = "".join(
+        f'<span><i style="background:var(--c{one.colour % _COLOURS})"></i>{escape(one.name)}</span>'
+        for one in series
+    )
+    return f'{_svg(HEIGHT, parts, y_label)}<div class="legend">{legend}</div>'
+
+
+def interval_chart(bars: Sequence[Bar], *, x_label: str) -> str:
+    """Estimates with their intervals, one row each, and a line at zero."""
+    if not bars:
+        return ""
+    ends = [0.0, *(bar.low for bar in bars), *(bar.high for bar in bars)]
+    low, high = _padded(min(ends), max(ends))
+    left, row = 250, 26
+    height = row * len(bars) + 44
+    span = WIDTH - left - _RIGHT
+
+    def place(value: float) -> float:
+        return left + span * (value - low) / (high - low)
+
+    bottom = height - 36
+    parts = [
+        f'<line class="grid" x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="6" y2="{bottom}"/>'
+        f'<text class="tick" text-anchor="middle" x="{place(tick):.1f}" y="{bottom + 15}">'
+        f"{number(tick)}</text>"
+        for tick in ticks(low, high)
+    ]
+    parts.append(
+        f'<line class="zero" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="6" y2="{bottom}"/>'
+    )
+    for step, bar in enumerate(bars):
+        y = 20 + row * step
+        colour = f"var(--c{bar.colour % _COLOURS})"
+        tip = f"{bar.name}: {number(bar.estimate)} ({number(bar.low)} to {number(bar.high)})"
+        parts.append(
+            f'<text class="row" text-anchor="end" x="{left - 10}" y="{y + 4}">{escape(bar.name)}</text>'
+            f'<line stroke="{colour}" stroke-width="3" stroke-linecap="round" '
+            f'x1="{place(bar.low):.1f}" x2="{place(bar.high):.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle cx="{place(bar.estimate):.1f}" cy="{y}" r="5" fill="{colour}">'
+            f"<title>{escape(tip)}</title></circle>"
+        )
+    parts.append(
+        f'<text class="label" text-anchor="middle" x="{left + span / 2:.0f}" y="{height - 4}">'
+        f"{escape(x_label)}</text>"
+    )
+    return _svg(height, parts, x_label)
+
+
+def number(value: float) -> str:
+    """A short number for axes and tips."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.3g}"
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round values between two ends."""
+    step = (high - low) / wanted
+    scale = 10 ** math.floor(math.log10(step))
+    step = min((scale * nice for nice in (1, 2, 5, 10)), key=lambda nice: abs(nice - step))
+    first = math.ceil(low / step)
+    return [round(place * step, 12) for place in range(first, math.floor(high / step) + 1)]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From data to picture coordinates."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        width = max(self.x_high - self.x_low, 1e-12)
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (value - self.x_low) / width
+
+    def y(self, value: float) -> float:
+        inside = min(max(value, self.y_low), self.y_high)
+        share = (inside - self.y_low) / (self.y_high - self.y_low)
+        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * share
+
+
+def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
+    parts = []
+    for tick in ticks(frame.y_low, frame.y_high):
+        y = frame.y(tick)
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{number(tick)}</text>'
+        )
+    if frame.x_high > frame.x_low:
+        for tick in ticks(frame.x_low, frame.x_high, 6):
+            parts.append(
+                f'<text class="tick" text-anchor="middle" x="{frame.x(tick):.1f}" '
+                f'y="{HEIGHT - _BOTTOM + 16}">{number(tick)}</text>'
+            )
+    middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
+    parts.append(
+        f'<text class="label" text-anchor="middle" x="{WIDTH / 2:.0f}" y="{HEIGHT - 6}">'
+        f"{escape(x_label)}</text>"
+        f'<text class="label" text-anchor="middle" transform="translate(12 {middle:.0f}) rotate(-90)">'
+        f"{escape(y_label)}</text>"
+    )
+    return "".join(parts)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    room = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-3)
+    return low - room, high + room
+
+
+def _svg(height: int, parts: Sequence[str], label: str) -> str:
+    body = "".join(parts)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )

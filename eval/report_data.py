@@ -1,0 +1,113 @@
+"""What a report is made from: files under one run's folder, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+KINDS = ("probe", "perplexity", "ruler", "longbench")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Everything the report reads; parts that are not there are empty."""
+
+    name: str
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: dict[str, list[dict[str, Any]]]
+    """kind -> results of its stages, in the recipe's order."""
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """stage number -> its done.json."""
+
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """Result of the last stage of a kind."""
+        results = self.results.get(kind) or [None]
+        return results[-1]
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(training tokens, value) of a metric."""
+        return [
+            (float(record["tokens"]), float(record[name]))
+            for record in self.metrics
+            if name in record and "tokens" in record
+        ]
+
+    def training_stages(self) -> list[tuple[int, str]]:
+        """(number, label) of the training stages that left metrics, in order."""
+        labels: dict[int, str] = {}
+        for record in self.metrics:
+            if any(key.startswith("train/") for key in record):
+                labels.setdefault(record["stage_index"], record["stage"])
+        return sorted(labels.items())
+
+    def by_layer(self, measure: str, stage_index: int) -> dict[int, float]:
+        """Last value of `index/<measure>/layer_NN` in a training stage, by layer."""
+        prefix = f"index/{measure}/layer_"
+        values: dict[int, float] = {}
+        for record in self.metrics:
+            if record.get("stage_index") == stage_index:
+                for key, value in record.items():
+                    if key.startswith(prefix):
+                        values[int(key.removeprefix(prefix))] = value
+        return dict(sorted(values.items()))
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: not a folder of a run, or a file in it that is damaged.
+    """
+    if not run_dir.is_dir():
+        raise ValueError(
+            f"{run_dir} is not a folder: give the folder of a run, such as runs/quickstart"
+        )
+    recipe = _json(run_dir / "recipe.json")
+    results = {kind: _results(run_dir / "eval" / kind) for kind in KINDS}
+    metrics = _lines(run_dir / "metrics.jsonl")
+    if not recipe and not metrics and not any(results.values()):
+        raise ValueError(
+            f"{run_dir} holds no recipe.json, no metrics.jsonl and no eval results: is it a run's folder?"
+        )
+    done = {
+        int(path.parent.name.split("-")[0]): _json(path)
+        for path in run_dir.glob("stages/*/done.json")
+        if path.parent.name.split("-")[0].isdigit()
+    }
+    name = recipe.get("name") or run_dir.resolve().name
+    environment = _json(run_dir / "environment.json")
+    return RunFiles(name, recipe, environment, metrics, results, dict(sorted(done.items())))
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    results = [_json(path) for path in folder.glob("stage-*.json")]
+    return sorted(results, key=lambda result: result["stage"])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Metric records; a torn last line of a killed run is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is damaged ({error})") from error
+    return records

@@ -1,0 +1,58 @@
+"""Style sheet of the report: system fonts, light and dark, wide tables scroll, prints well."""
+
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #fbfaf7; --panel: #ffffff; --ink: #1d2226; --muted: #667078; --line: #e3e0d8; --warn: #8a5a00;
+  --c0: #5f6b76; --c1: #d55e00; --c2: #0072b2; --c3: #8c4bb5; --c4: #009e73; --c5: #b8860b; --c6: #c2447c;
+  --c7: #3f8f9f; --good: #2a9d6f; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #14171a; --panel: #1c2125; --ink: #e6e8e6; --muted: #97a1a8; --line: #30373d; --warn: #e0b052;
+  --c0: #a3adb6; --c1: #f28e4b; --c2: #5ab4ee; --c3: #c08ae0; --c4: #45c79b; --c5: #e0b83f; --c6: #e985b2;
+  --c7: #78c4d2; --good: #3fb886; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif }
+main { max-width: 1020px; margin: 0 auto; padding: 40px 22px 80px }
+h1 { font-size: 30px; line-height: 1.2; letter-spacing: -.01em; margin: 0 0 4px }
+header p { color: var(--muted); margin: 0 0 22px }
+h2 { font-size: 20px; margin: 44px 0 12px; padding-top: 14px; border-top: 1px solid var(--line) }
+.verdict { border-left: 4px solid var(--c2); padding: 4px 0 4px 18px }
+.verdict p { margin: 0 0 6px; color: var(--muted) }
+.verdict p:first-child { font-size: 20px; line-height: 1.4; color: var(--ink); font-weight: 600 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px;
+  margin: 24px 0 18px }
+.card { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
+  display: flex; flex-direction: column }
+.card b { font-size: 27px; line-height: 1.2; font-variant-numeric: tabular-nums }
+.card span { font-size: 14px } .card small { color: var(--muted); min-height: 1.5em }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 14px }
+a { color: var(--c2); text-decoration: none } a:hover { text-decoration: underline }
+.scroll { overflow-x: auto; margin: 14px 0; background: var(--panel); border: 1px solid var(--line);
+  border-radius: 10px }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums }
+caption { caption-side: top; text-align: left; color: var(--muted); padding: 10px 14px 4px;
+  font-size: 13px }
+th, td { padding: 7px 14px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
+tbody tr:last-child > * { border-bottom: 0 }
+th:first-child { text-align: left } tbody th { font-weight: 500; white-space: nowrap }
+thead th { color: var(--muted); font-weight: 500; vertical-align: bottom }
+td:only-of-type { text-align: left; overflow-wrap: anywhere }
+.heat { background: color-mix(in srgb, var(--good) calc(var(--heat) * .42), transparent) }
+figure { margin: 14px 0; background: var(--panel); border: 1px solid var(--line); border-radius: 10px;
+  padding: 16px 18px 12px }
+figcaption { color: var(--muted); font-size: 13px; margin-top: 6px }
+svg { display: block; width: 100%; max-width: 860px; height: auto; margin: 0 auto; font-size: 11px }
+svg polyline { stroke-width: 2; stroke-linejoin: round }
+svg text { fill: var(--muted) } svg .row { fill: var(--ink) }
+svg .grid { stroke: var(--line) } svg .zero { stroke: var(--ink) }
+svg .mark { stroke: var(--muted); stroke-dasharray: 2 3 }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; justify-content: center; font-size: 13px }
+.legend i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle }
+.warn { color: var(--warn); font-size: 14px; margin: 8px 0 }
+details { margin: 12px 0; font-size: 14px } summary { cursor: pointer; color: var(--c2) }
+pre { overflow-x: auto; white-space: pre-wrap; background: var(--panel); border: 1px solid var(--line);
+  border-radius: 10px; padding: 12px 14px; font-size: 12.5px; line-height: 1.5 }
+@media print { body { font-size: 12px } nav { display: none } .scroll, figure, .card { break-inside: avoid }
+  main { max-width: none; padding: 0 } }
+@media (max-width: 600px) { main { padding: 24px 12px } th, td { padding: 6px 8px } h1 { font-size: 24px } }
+"""

