@@ -2,6 +2,7 @@
 
     dense2sparse run RECIPE [a.b=c ...]           through the DeepSpeed launcher, on this machine's devices
     dense2sparse run --hostfile HOSTS RECIPE ...  on several (launch/multinode.sh, launch/slurm.sh)
+    dense2sparse stop RECIPE [a.b=c ...]          asks that run to save and end at its next step
     dense2sparse plan RECIPE [a.b=c ...]          the resolved recipe and its stages
     dense2sparse preflight | eval RECIPE ...      and: export | report RUN_FOLDER ...
 
@@ -19,7 +20,16 @@ from collections.abc import Sequence
 
 from ..recipes.load import RecipeError, load
 from .plan import plan_text
-from .run import EXIT_BAD_RECIPE, Cluster, LaunchError, child_environment, own_gpus, run, run_folder
+from .run import (
+    EXIT_BAD_RECIPE,
+    Cluster,
+    LaunchError,
+    ask_to_stop,
+    child_environment,
+    own_gpus,
+    run,
+    run_folder,
+)
 
 TRAIN_MODULE = "dense2sparse.train.run"
 HANDED_OVER = {
@@ -44,11 +54,14 @@ def main(argv: Sequence[str] | None = None, *, module: str = TRAIN_MODULE) -> in
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in HANDED_OVER:
         return _hand_over(arguments[0], arguments[1:])
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         recipe = load(options.recipe, options.overrides)
         if options.command == "plan":
             print(plan_text(recipe, str(run_folder(recipe))))
+            return 0
+        if options.command == "stop":
+            print(f"dense2sparse: asked to stop by the file {ask_to_stop(recipe)}")
             return 0
         cluster = Cluster(
             ranks=options.ranks,
@@ -75,10 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     runs = commands.add_parser("run", help="start or continue a run on this machine or a cluster")
+    stop = commands.add_parser("stop", help="ask a run, also on other machines, to save and end")
     plan = commands.add_parser("plan", help="print the resolved recipe and its stages")
     for name, (_, text) in HANDED_OVER.items():
         commands.add_parser(name, help=text)
-    for command in (runs, plan):
+    for command in (runs, stop, plan):
         command.add_argument("recipe", help="YAML file, for example recipes/quickstart.yaml")
         command.add_argument(
             "overrides", nargs="*", metavar="a.b=c", help="values that replace the recipe's"
@@ -92,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--master_addr", help="address of the first node")
     runs.add_argument("--master_port", type=_positive, help="default 29500; one node: a free port")
     return parser
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line; overrides may stand before and after options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; `dense2sparse {options.command} -h` lists them")
+    options.overrides += rest
+    return options
 
 
 def _positive(text: str) -> int:

@@ -48,7 +48,7 @@ def run_group(
     environ: Mapping[str, str],
     *,
     worker_module: str,
-    on_stop: Callable[[], None] | None = None,
+    on_stop: Callable[[], object] | None = None,
     orphan_grace_s: float = ORPHAN_GRACE_S,
 ) -> Ending:
     """Start a command in its own session and stay until none of its processes is left.
@@ -102,7 +102,7 @@ def _watch(
     launcher: subprocess.Popen[bytes],
     requests: list[int],
     worker_module: str,
-    on_stop: Callable[[], None] | None,
+    on_stop: Callable[[], object] | None,
     orphan_grace_s: float,
 ) -> Ending:
     group = launcher.pid
@@ -133,7 +133,7 @@ def _pass_on(
     group: int,
     members: list[Process],
     worker_module: str,
-    on_stop: Callable[[], None] | None,
+    on_stop: Callable[[], object] | None,
 ) -> bool:
     """Act on one request to stop; True if processes were killed."""
     if request == 1 and on_stop is not None:

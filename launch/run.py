@@ -83,14 +83,13 @@ def run(
     if gpus and not cluster.hostfile:
         environ.pop("CUDA_VISIBLE_DEVICES", None)  # said by number on the command line instead
     with _lock(folder, cluster.node_rank or 0):
-        stop_file = folder / "STOP"
-        stop_file.unlink(missing_ok=True)
+        (folder / "STOP").unlink(missing_ok=True)  # asked of an earlier start
         files = private_env_file(environ, _bin_folder()) if over_ssh else nullcontext()
         with files as env_file:
             if env_file:
                 environ["DS_ENV_FILE"] = str(env_file)
             # Ranks on other machines are out of reach of signals; they look for this file.
-            on_stop = stop_file.touch if over_ssh else None
+            on_stop = (lambda: ask_to_stop(recipe)) if over_ssh else None
             ending = run_group(command, environ, worker_module=module, on_stop=on_stop)
     return verdict(folder, wanted, ending, wait_s=MARK_WAIT_S if cluster.hostfile else 0)
 
@@ -98,6 +97,19 @@ def run(
 def run_folder(recipe: Recipe) -> Path:
     """Folder of everything that the run makes."""
     return Path(recipe.output_dir) / recipe.name
+
+
+def ask_to_stop(recipe: Recipe) -> Path:
+    """Leave the file that every rank looks for at each step; returns its path.
+
+    Raises:
+        LaunchError: there is no such run.
+    """
+    folder = run_folder(recipe)
+    if not folder.is_dir():
+        raise LaunchError(f"there is no run in {folder}; is this the right recipe and folder?")
+    (folder / "STOP").touch()
+    return folder / "STOP"
 
 
 def is_finished(folder: Path, wanted: str) -> bool:

@@ -1,0 +1,136 @@
+"""The command line itself: fast, without torch, with one sentence and the right exit code for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from dense2sparse.launch import cli
+from dense2sparse.launch.processes import Ending
+from dense2sparse.launch.run import is_finished, verdict
+from toy_cluster import ROOT, ToyCluster
+
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+
+
+def test_plan_takes_under_a_second_and_never_imports_torch() -> None:
+    code = (
+        "import sys; from dense2sparse.launch.cli import main; "
+        f"code = main(['plan', {QUICKSTART!r}, 'train.seed=3']); "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else code)"
+    )
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        begin = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.monotonic() - begin)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 1.0
+    assert "seed: 3" in done.stdout and "block_size: 32" in done.stdout
+    assert "full attention; trains index branch" in done.stdout
+
+
+def test_plan_counts_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [
+        "stages.1.steps=7",
+        "stages.1.micro_batch_size=2",
+        "stages.1.gradient_accumulation=3",
+    ]
+    assert cli.main(["plan", QUICKSTART, *changes, "stages.1.row_len=512"]) == 0
+    assert "7 steps x 3,072 tokens = 21,504 tokens per rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "stop", "preflight", "eval"])
+def test_bad_recipe_is_one_sentence_and_exit_code_2(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, QUICKSTART, f"output_dir={tmp_path}", "sparsity.topk=4"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "sparsity.topk=4: unknown key; the nearest valid key is sparsity.top_k" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--no_ssh"], "need --hostfile"),
+        (["--master_addr", "a"], "need --hostfile"),
+        (["--hostfile", "missing"], "cannot be read"),
+        (["--hostfile", "empty"], "names no node"),
+        (["--hostfile", "twice"], "stands twice"),
+        (["--hostfile", "bad"], "is not `name slots=N`"),
+        (["--hostfile", "good", "--no_ssh"], "0 to 1"),
+        (["--hostfile", "good", "--no_ssh", "--node_rank", "2"], "0 to 1"),
+        (["--hostfile", "good", "--ranks", "2"], "exclude each other"),
+    ],
+)
+def test_impossible_cluster_is_one_sentence(
+    options: list[str], sentence: str, cluster: ToyCluster
+) -> None:
+    for name, text in {
+        "empty": "# nothing\n",
+        "twice": "a slots=1\na slots=2\n",
+        "bad": "a 8\n",
+        "good": "a slots=1\nb slots=1\n",
+    }.items():
+        (cluster.folder / name).write_text(text)
+    code, output = cluster.run(*options)
+    assert (code, output.count("\n")) == (2, 1)
+    assert sentence in output
+    assert not cluster.run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["walk"], ["run", QUICKSTART, "--ranks", "0"], ["plan", QUICKSTART, "-x"]],
+)
+def test_misused_command_ends_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        cli.main(arguments)
+    assert ending.value.code == 2
+
+
+def test_stop_without_a_run_is_refused(cluster: ToyCluster) -> None:
+    code, output = cluster.finish(cluster.start("dense2sparse", "stop", "toy.yaml"))
+    assert (code, "there is no run in" in output) == (2, True)
+
+
+def test_output_folder_that_cannot_be_written_is_refused(cluster: ToyCluster) -> None:
+    (cluster.folder / "file").touch()
+    code, output = cluster.run("output_dir=file")
+    assert (code, output.count("\n")) == (2, 1)
+    assert "output_dir: cannot write to file/toy" in output
+
+
+@pytest.mark.parametrize(
+    ("ending", "finished", "expected"),
+    [
+        (Ending(0, 0, False), True, 0),
+        (Ending(-9, 1, True), True, 0),
+        (Ending(0, 0, False), False, 1),
+        (Ending(1, 0, False), False, 1),
+        (Ending(2, 0, False), False, 2),
+        (Ending(75, 0, False), False, 75),
+        (Ending(75, 1, False), False, 75),
+        (Ending(241, 1, False), False, 75),
+        (Ending(241, 0, False), False, 1),
+        (Ending(75, 3, True), False, 1),
+    ],
+)
+def test_verdict(ending: Ending, finished: bool, expected: int, tmp_path: Path) -> None:
+    if finished:
+        (tmp_path / "finished.json").write_text(json.dumps({"fingerprint": "f", "stages": []}))
+    assert verdict(tmp_path, "f", ending, wait_s=0) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": "g"}', '{"stages": []}'])
+def test_damaged_or_foreign_mark_is_no_mark(text: str, tmp_path: Path) -> None:
+    (tmp_path / "finished.json").write_text(text)
+    assert not is_finished(tmp_path, "f")
