@@ -106,7 +106,13 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Source:
-        needs = {"text": "path", "jsonl": "path", "parquet": "path", "hub": "hub", "corpus": "corpus"}
+        needs = {
+            "text": "path",
+            "jsonl": "path",
+            "parquet": "path",
+            "hub": "hub",
+            "corpus": "corpus",
+        }
         needed = needs.get(self.kind)
         if needed and not getattr(self, needed):
             raise ValueError(f"kind={self.kind} needs the key `{needed}`")
@@ -136,6 +142,32 @@ class Data(Section):
             if twice:
                 raise ValueError(f"{key}: the name {twice[0]!r} stands twice; names must be unique")
         return self
+
+    @model_validator(mode="after")
+    def _heldout_is_not_trained_on(self) -> Data:
+        for heldout in self.heldout:
+            for source in self.sources:
+                if _same_text(heldout, source):
+                    raise ValueError(
+                        f"heldout {heldout.name!r} reads the same text as the source {source.name!r}: "
+                        "name other works"
+                    )
+        return self
+
+
+def _same_text(one: Source, other: Source) -> bool:
+    """Whether two sources read the same documents for certain; overlapping paths are not looked into."""
+    if one.kind == "recall" or (one.kind, one.path, one.hub, one.config, one.corpus) != (
+        other.kind,
+        other.path,
+        other.hub,
+        other.config,
+        other.corpus,
+    ):
+        return False
+    if one.kind == "hub":
+        return one.split == other.split
+    return one.works is None or other.works is None or bool({*one.works} & {*other.works})
 
 
 class Schedule(Section):
@@ -352,5 +384,18 @@ class Recipe(Section):
                 raise ValueError(
                     f"stages.{number}.row_len={row_len} is shorter than one block: use at least "
                     f"sparsity.block_size={block}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _heldout_where_it_is_measured(self) -> Recipe:
+        for number, stage in enumerate(self.stages):
+            needs = stage.kind in ("probe", "perplexity")
+            if getattr(stage, "until_learned_coverage", None) is not None:
+                needs = True
+            if needs and not self.data.heldout:
+                raise ValueError(
+                    f"stages.{number} (kind={stage.kind}) measures on held-out rows: "
+                    "name some documents in data.heldout"
                 )
         return self
