@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from dense2sparse.kernels import ops, reference, tiled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from dense2sparse.kernels import ops, reference, tiled
 
 SHAPES = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

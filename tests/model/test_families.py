@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from dense2sparse.model.attention import AttentionCall, attention_mode
 from dense2sparse.model.convert import backbone_parameters, convert, index_parameters, load, save
 from dense2sparse.recipes.schema import Sparsity
-from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = {
     "hidden_size": 64,
