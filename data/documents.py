@@ -116,8 +116,8 @@ class HubDocuments:
         source = self._source
         records = self._load()
         if epoch is not None:
-            records = records.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-            records.set_epoch(epoch)
+            # Not by set_epoch: `skip` forgets it.
+            records = records.shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BUFFER)
         for number, record in enumerate(records.skip(start[1]), start[1]):
             text = _text_of(record, source.field, f"source {self.name!r}, hub={source.hub}")
             if text.strip():

@@ -26,6 +26,11 @@ POOL_CHARS = 1_500_000
 FULL_SHARE = 0.8
 """Share of the documents that fill a row; the others are shorter, down to a quarter of it."""
 
+LONGEST_SENTENCE = 600
+"""Characters of filler between two places where a fact may stand."""
+NEAR = 16
+"""Tokens that may stay unused before more filler is tried."""
+
 ASK_STYLES = (
     "Question: {q}\nAnswer: {a}\n\n",
     "Q: {q}\nA: {a}\n\n",
@@ -73,13 +78,10 @@ class Filler:
             found if len(found) >= 64 else [f"{a}{b}" for a in "bdfghklm" for b in _SYLLABLES]
         )
 
-    def run(self, rng: Rng, num_tokens: int) -> list[str]:
-        """Consecutive sentences of about `num_tokens` tokens, never more."""
-        if num_tokens <= 0:
-            return []
-        begin = int(rng.integers(len(self.sentences)))
+    def run(self, begin: int, num_tokens: int) -> list[str]:
+        """Consecutive sentences from number `begin` on, of `num_tokens` tokens at most."""
         picked: list[str] = []
-        while True:
+        while num_tokens > 0:
             before = self._ends[begin - 1] if begin else 0
             stop = int(np.searchsorted(self._ends, before + num_tokens, side="right"))
             picked += self.sentences[begin:stop]
@@ -87,6 +89,7 @@ class Filler:
                 return picked
             num_tokens -= int(self._ends[-1] - before)  # past the end: go on at the beginning
             begin = 0
+        return picked
 
 
 _SYLLABLES = ("arel", "enor", "ilus", "ovan", "udrit", "aster", "omel", "ivern")
@@ -153,15 +156,22 @@ def _fit(
     scenarios = _scenarios(rng, filler, tokenizer, length)
     layout = pick(rng, ("end", "throughout", "chat"))
     layout_seed = int(rng.integers(2**31))
-    run = filler.run(rng, length - _cost(scenarios, tokenizer) - 32)
+    begin = int(rng.integers(len(filler.sentences)))
+    room = length - _cost(scenarios, tokenizer)
+    run = filler.run(begin, room)
+    grown = False
     while True:
         document = _lay_out(np.random.default_rng(layout_seed), scenarios, run, layout, tokenizer)
         tokens = np.concatenate(list(tokenizer.document(document.text)))
         over = len(tokens) - length
-        if over <= 0:
+        if over < -NEAR and not grown:  # the cost is an upper estimate: use what it left
+            grown = True
+            run = filler.run(begin, room - over)
+        elif over <= 0:
             return document, tokens
-        if run:
+        elif run:
             # A sentence's own count is off by little where it joins others: drop a few and repeat.
+            grown = True
             run = run[: -max(1, over * len(run) // (2 * len(tokens)))]
         elif layout == "chat":
             layout = "end"
@@ -180,7 +190,7 @@ def _scenarios(rng: Rng, filler: Filler, tokenizer: Tokenizer, length: int) -> l
     """Scenarios that together take at most about a third of the document."""
     names = list(FORMS)
     weights = np.array([SHARES.get(name, 1.0) for name in names])
-    wanted = int(rng.integers(1, 3 + max(0, int(np.log2(length / 512)))))
+    wanted = int(rng.integers(1, 4 + max(0, int(np.log2(length / 512)))))
     order = rng.choice(
         len(names), size=min(wanted, len(names)), replace=False, p=weights / weights.sum()
     )
@@ -329,5 +339,14 @@ def _beginnings(documents: Sequence[Documents]) -> Iterator[str]:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Sentences with the blanks that follow them; joined they are the text."""
-    yield from re.findall(r"\S.*?(?:[.!?][\"')\]]*\s+|\n\s*\n|\Z)", text, flags=re.DOTALL)
+    """Sentences with the blanks that follow them; joined they are the text.
+
+    What has no full stops is cut every `LONGEST_SENTENCE` characters, after a blank if there is one.
+    """
+    for piece in re.findall(r"\S.*?(?:[.!?][\"')\]]*\s+|\n\s*\n|\Z)", text, flags=re.DOTALL):
+        while len(piece) > LONGEST_SENTENCE:
+            at = piece.rfind(" ", 1, LONGEST_SENTENCE) + 1 or LONGEST_SENTENCE
+            yield piece[:at]
+            piece = piece[at:]
+        if piece:
+            yield piece

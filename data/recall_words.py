@@ -88,4 +88,4 @@ def enumeration(items: Sequence[str]) -> str:
 
 def with_article(noun: str) -> str:
     """The noun with its article."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return f"{'an' if noun[0] in 'aeiou' or noun == 'hourglass' else 'a'} {noun}"

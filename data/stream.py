@@ -69,13 +69,16 @@ class Tokenizer:
         return self._tokenizer.apply_chat_template(messages, tokenize=False)
 
     def document(self, text: str) -> Iterator[np.ndarray]:
-        """A document's ids in parts, BOS and EOS included; a long text is tokenised bit by bit."""
+        """A document's ids in parts, BOS and EOS included; a long text is tokenised bit by bit.
+
+        A text in a chat template may bring its own BOS or EOS: they are not doubled.
+        """
         begin = 0
         while begin < len(text):
             end = _part_end(text, begin)
             ids = self.encode(text[begin:end])
-            head = self.bos if begin == 0 else []
-            tail = self.eos if end == len(text) else []
+            head = self.bos if begin == 0 and ids[:1] != self.bos else []
+            tail = self.eos if end == len(text) and ids[-1:] != self.eos else []
             begin = end
             yield np.array([*head, *ids, *tail], dtype=np.int32)
 
