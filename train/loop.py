@@ -117,10 +117,10 @@ class StageLoop:
                 pace = seconds / steps_since
                 self._record(position, values, pace, visible, progress)
                 seconds, steps_since = 0.0, 0
-            if self._is_due(position.step, self.train.measure_every):
+            ended = position.step == self.num_steps
+            if ended or position.step % self.train.measure_every == 0:
                 reached = self._measure(position)
-            ended = reached or position.step == self.num_steps
-            if not ended and position.step % self.train.checkpoint_every == 0:
+            if not ended and not reached and position.step % self.train.checkpoint_every == 0:
                 self.save(position)
         if progress is not None:
             progress.end()
@@ -154,7 +154,6 @@ class StageLoop:
         visible = float(torch.cat([b.position_ids.flatten() for b in batches]).double().mean()) + 1
         values = self._losses(sums, len(batches), position)
         values["data/target_tokens"] = targets
-        values["data/epoch"] = int(getattr(self.loader, "epoch", 0))
         for branch, rate in rates.items():
             values[f"train/lr/{branch}"] = rate
         for branch, norm in norms.items():

@@ -29,7 +29,6 @@ NAMES: dict[str, str] = {
     "train/grad_norm/total": "the same for every trained weight",
     "train/lr/backbone": "learning rate of the backbone in this step",
     "train/lr/index": "learning rate of the index branch in this step",
-    "data/epoch": "passes over the training data that were begun, minus one",
     "data/target_tokens": "tokens that had a target in this step, all ranks",
     "index/kl/layer_NN": "KL(teacher || student) of one layer, nats",
     "index/coverage/layer_NN": "attention mass in the selected blocks",
@@ -155,7 +154,7 @@ class Metrics:
         """Close the file and the wandb run."""
         self.reopen()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=1 if failed else 0, quiet=True)
+            self._wandb.finish(exit_code=1 if failed else 0)
             self._wandb = None
 
 

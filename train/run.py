@@ -73,11 +73,13 @@ def _run_and_exit(recipe: Any, run_dir: Path, rank: int) -> NoReturn:
             context.say("stopped; the same command continues")
     except BaseException as error:
         code = _explain(error, rank)
-    if context is not None and context.metrics is not None:
-        context.metrics.close(failed=code == FAILED)
-    if code == 0:
-        _leave_group()
-    _exit(code)
+    try:
+        if context is not None and context.metrics is not None:
+            context.metrics.close(failed=code == FAILED)
+        if code == 0:
+            _leave_group()
+    finally:
+        _exit(code)
 
 
 def _explain(error: BaseException, rank: int) -> int:
@@ -129,6 +131,7 @@ def _leave_group() -> None:
 def open_run(recipe: Any, run_dir: Path) -> RunContext:
     """Start torch.distributed, make the run's folder and its records; every rank calls this."""
     import torch
+    import transformers
 
     from .context import RunContext, repository_commit
     from .engine import init_distributed
@@ -138,6 +141,7 @@ def open_run(recipe: Any, run_dir: Path) -> RunContext:
     from .metrics import Metrics, start_wandb
     from .stopping import StopRequests
 
+    transformers.utils.logging.disable_progress_bar()
     stop = StopRequests(run_dir / "STOP")
     stop.install()
     _single_process_defaults()

@@ -9,10 +9,12 @@ Checkpoints of a finished stage are removed: its export replaces them.
 from __future__ import annotations
 
 import math
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -68,14 +70,14 @@ def run_training_stage(
     """
     recipe, stage = context.recipe, context.recipe.stages[index]
     begun = time.monotonic()
-    torch.manual_seed(recipe.train.seed + index)
+    _seed(recipe.train.seed + index)
     model = convert.load(source, dtype=torch.float32)
     check_head(model)
     set_checkpointing(model, stage)
-    index = convert.index_parameters(model)
+    index_branch = convert.index_parameters(model)
     sparse_layers = convert.geometry_of(model).sparse_layers
-    cost = model_cost(model, {name for name, _ in index})
-    groups = parameter_groups(stage, index, convert.backbone_parameters(model))
+    cost = model_cost(model, {name for name, _ in index_branch})
+    groups = parameter_groups(stage, index_branch, convert.backbone_parameters(model))
     config = deepspeed_config(
         recipe.deepspeed,
         zero_stage=zero_stage(recipe),
@@ -131,6 +133,13 @@ def run_training_stage(
     loader.close()
     stop_engine(engine)
     return done
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator that a stage might draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _loader(context: RunContext, index: int, tokenizer: Any) -> RowLoader:

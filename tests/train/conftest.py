@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -52,7 +54,7 @@ def _cases() -> list[dict]:
         {
             "name": "measured-z3",
             "zero": 3,
-            "stage": {"kind": "warmup", "steps": 6, "until_learned_coverage": 0.05},
+            "stage": {"kind": "warmup", "steps": 3, "until_learned_coverage": 0.99},
             "train": {"measure_every": 1},
             "heldout": 3,
         },
@@ -106,5 +108,119 @@ def one_rank_results(tiny, start_folder, tmp_path_factory, test_environment) -> 
     (folder / "start").symlink_to(start_folder)
     stage = {"kind": "sparse", "micro_batch_size": 4}
     cases = [{"name": f"sparse-z{zero}", "zero": zero, "stage": stage} for zero in (0, 1, 2, 3)]
+    cases += [case for case in _cases() if case["name"] == "measured-z3"]
     run_worker(folder, cases, 1, test_environment)
     return {c["name"]: torch.load(folder / f"{c['name']}.pt") for c in cases}
+
+
+class Nursery:
+    """Client of nursery.py."""
+
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, HERE / "nursery.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+
+    def _ask(self, order: dict) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(
+        self,
+        recipe: Path,
+        overrides: Sequence[str] = (),
+        *,
+        output: Path,
+        ranks: int = 1,
+        file_limit_bytes: int | None = None,
+    ) -> list[int]:
+        """Start a run; pids of its ranks."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        pids = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            order = {
+                "args": [str(recipe), *overrides],
+                "env": place,
+                "output": str(output),
+                "file_limit_bytes": file_limit_bytes,
+            }
+            pids.append(self._ask(order))
+        return pids
+
+    def wait(self, pids: list[int]) -> list[int]:
+        """Exit codes; a signal's number is negative."""
+        return [self._ask({"wait": pid}) for pid in pids]
+
+    def run(
+        self, recipe: Path, overrides: Sequence[str] = (), *, output: Path, ranks: int = 1
+    ) -> None:
+        """A run that must end well."""
+        codes = self.wait(self.start(recipe, overrides, output=output, ranks=ranks))
+        assert codes == [0] * ranks, output.read_text()[-3000:]
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory, test_environment):
+    """Starts runs without the ten seconds of imports."""
+    server = Nursery(test_environment, tmp_path_factory.mktemp("nursery") / "errors.txt")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tiny, tmp_path_factory) -> Path:
+    """Folder with a tiny dense checkpoint, its tokenizer, and training and held-out text."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save_dense(folder / "dense")
+    tiny.write_corpus(folder / "text.txt", seed=1)
+    tiny.write_corpus(folder / "heldout.txt", seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tiny_inputs) -> Callable[[Path], Path]:
+    """Writes the tiny recipe into a folder; its runs go to `runs` there. Returns the recipe's path."""
+    return lambda folder: write_recipe(folder / "recipe.yaml", tiny_inputs, folder)
+
+
+def write_recipe(path: Path, inputs: Path, output: Path) -> Path:
+    """Write the tiny recipe."""
+    path.write_text(
+        f"""
+name: tiny
+output_dir: {output}/runs
+model: {{path: {inputs}/dense}}
+sparsity: {{block_size: 16, top_k: 4, index_dim: 32, dense_layers: [0], calibration_rows: 2}}
+data:
+  row_len: 128
+  cache_dir: {inputs}/cache
+  sources: [{{name: text, kind: text, path: {inputs}/text.txt}}]
+  heldout: [{{name: heldout, kind: text, path: {inputs}/heldout.txt}}]
+stages:
+  - {{kind: warmup, steps: 5, index_lr: 1e-3, micro_batch_size: 2}}
+  - {{kind: sparse, steps: 7, index_lr: 1e-3, backbone_lr: 1e-3, gradient_accumulation: 2,
+     activation_checkpointing: true, weight_decay: 0.1}}
+train: {{precision: fp32, log_every: 1, measure_every: 3, checkpoint_every: 2}}
+wandb: {{mode: disabled}}
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -52,8 +52,6 @@ def join(parts: list[Row]) -> Row:
 class Rows:
     """A loader of given batches, repeated for ever."""
 
-    epoch = 0
-
     def __init__(self, batches: list[Row]) -> None:
         self._batches, self._next = batches, 0
 
@@ -104,3 +102,35 @@ def train_section(**fields: object) -> SimpleNamespace:
     """The recipe's `train` section as far as the loop reads it."""
     given = {"log_every": 1, "measure_every": 100, "checkpoint_every": 100, **fields}
     return SimpleNamespace(**given)
+
+
+def save_dense(path: Path) -> Path:
+    """Save a tiny dense model with a byte-level tokenizer, as a checkpoint a recipe can name."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=words, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    dense_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def write_corpus(path: Path, *, seed: int, documents: int = 60) -> Path:
+    """A text file of made-up sentences, one document a paragraph block."""
+    import random
+
+    rng = random.Random(seed)
+    words = ["stone", "river", "lamp", "green", "seven", "walks", "under", "the", "a", "old", "sea"]
+    lines = [
+        " ".join(rng.choice(words) for _ in range(rng.randint(20, 60))) + "."
+        for _ in range(documents)
+    ]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path

@@ -3,8 +3,8 @@
     python worker_zero.py FOLDER RANK WORLD_SIZE
 
 FOLDER holds `start` (a converted model) and `cases.json`: cases with the keys name, zero, stage,
-and optional precision, uneven, train, heldout. Rank 0 writes `<name>.pt` per case: records of metrics.jsonl,
-masters by name before and after, live backbone bytes.
+and optional precision, uneven, train, heldout. Rank 0 writes `<name>.pt` per case: records of
+metrics.jsonl, masters by name before and after, live weights and buffers.
 """
 
 from __future__ import annotations
