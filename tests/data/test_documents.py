@@ -7,6 +7,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from dense2sparse.data import documents
 from dense2sparse.data.documents import open_documents
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from dense2sparse.data import stream as stream_module
 from dense2sparse.data.documents import open_documents
 from dense2sparse.data.loader import RowLoader, heldout_rows

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dense2sparse.data.mixture import Mixture
-from dense2sparse.data.packing import IGNORED, pack_row, positions, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dense2sparse.data.mixture import Mixture
+from dense2sparse.data.packing import IGNORED, pack_row, positions, targets
 
 
 class Numbered:

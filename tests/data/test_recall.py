@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+
 from dense2sparse.data.documents import open_documents
 from dense2sparse.data.recall import Filler, RecallStream, make_document, make_tokens
 from dense2sparse.data.recall_forms import FORMS
