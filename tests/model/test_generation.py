@@ -1,0 +1,163 @@
+"""`generate` with the key, value and index-key cache equals the model without any cache."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from dense2sparse.model.attention import AttentionCall, attention_mode
+from dense2sparse.model.convert import convert
+from dense2sparse.recipes.schema import Sparsity
+
+
+@dataclass
+class Row:
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    dense = LlamaForCausalLM(config).eval()
+    sparsity = Sparsity(block_size=16, top_k=3, dense_layers=[0])
+    return convert(dense, sparsity, [Row(prompt(128)[0], torch.arange(128)[None])])
+
+
+def prompt(length, seed=0, batch=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (batch, length), generator=generator)
+    return ids, torch.ones_like(ids)
+
+
+def generate(model, ids, mask, **options):
+    options = {"max_new_tokens": 40, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense", "oracle"])
+def test_greedy_equals_the_model_without_a_cache(model, mode):
+    ids, mask = prompt(70)
+    with attention_mode(model, mode):
+        cached = generate(model, ids, mask)
+        tokens = ids
+        with torch.no_grad():
+            for _ in range(40):
+                logits = model(tokens, use_cache=False).logits
+                tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(cached, tokens)
+
+
+def test_sampling_equals_the_model_without_a_cache(model):
+    ids, mask = prompt(70)
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        results.append(generate(model, ids, mask, do_sample=True, top_p=0.9, use_cache=use_cache))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], generate(model, ids, mask)), (
+        "sampling must differ from greedy"
+    )
+
+
+def test_a_batch_equals_its_rows_alone(model):
+    ids, mask = prompt(70, batch=3)
+    together = generate(model, ids, mask)
+    for row in range(3):
+        alone = generate(model, ids[row : row + 1], mask[:1])
+        assert torch.equal(together[row : row + 1], alone)
+
+
+def test_left_padding_does_not_shift_blocks(model):
+    """Trap 4: blocks of a padded prompt start at its first real token."""
+    lengths, width = (33, 60, 75), 75
+    rows = [prompt(length, seed=length)[0] for length in lengths]
+    ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    together = generate(model, ids, mask)[:, width:]
+    for row, length in enumerate(lengths):
+        alone = generate(model, rows[row], torch.ones(1, length, dtype=torch.long))[:, length:]
+        assert torch.equal(together[row : row + 1], alone)
+
+
+def test_beam_search_reorders_index_keys(model):
+    ids, mask = prompt(70)
+    cached = generate(model, ids, mask, num_beams=3, max_new_tokens=12)
+    plain = generate(model, ids, mask, num_beams=3, max_new_tokens=12, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_prefill_in_chunks_equals_prefill_at_once(model):
+    ids, _ = prompt(100)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache, parts = DynamicCache(), []
+        for start in range(0, 100, 30):
+            parts.append(model(ids[:, start : start + 30], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_that_cannot_hold_index_keys_is_refused(model):
+    ids, _ = prompt(20)
+    static = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(ValueError, match="pass an empty DynamicCache"):
+        model(ids, past_key_values=static)
+    used = DynamicCache()
+    for layer in range(4):
+        used.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), layer)
+    with pytest.raises(ValueError, match="without index keys"):
+        model(ids, past_key_values=used)
+
+
+def test_mode_is_put_back_and_needs_a_sparse_layer(model):
+    with pytest.raises(RuntimeError, match="stop"), attention_mode(model, "dense", top_k=2):
+        assert model.model.layers[1].self_attn.msa_mode == "dense"
+        raise RuntimeError("stop")
+    assert model.model.layers[1].self_attn.msa_mode == "sparse"
+    with (
+        pytest.raises(ValueError, match="convert or load it first"),
+        attention_mode(torch.nn.Linear(1, 1), "dense"),
+    ):
+        pass
+
+
+def test_block_ids_of_the_forward_pass_are_read_again():
+    """Trap 3: a recomputation must not select anew, even where the index branch has changed since."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    small = LlamaForCausalLM(config)
+    ids = torch.randint(3, 64, (1, 128))
+    row = Row(ids, torch.arange(128)[None])
+    convert(small, Sparsity(block_size=16, top_k=2, dense_layers=[0]), [row])
+    call = AttentionCall("sparse")
+    first = small(ids, msa_call=call, use_cache=False).logits
+    kept = call.reports[1].block_ids.clone()
+    with torch.no_grad():
+        small.model.layers[1].self_attn.index_q_proj.weight.normal_(std=3.0)
+    again = small(ids, msa_call=call, use_cache=False).logits
+    assert torch.equal(call.reports[1].block_ids, kept) and torch.equal(again, first)
+    fresh = AttentionCall("sparse")
+    small(ids, msa_call=fresh, use_cache=False)
+    assert not torch.equal(fresh.reports[1].block_ids, kept), "the change must matter to a new pass"
