@@ -81,10 +81,12 @@ def perplexity_section(run: RunFiles) -> Section:
         )
         columns = ["arm", "perplexity", f"against {LETTERS[base][0]}", "loss, nats", "time"]
         section.blocks.append(Table(columns, rows, caption))
-        section.blocks += _costs(
-            [(pair, pair["change_pct"]) for pair in result["comparisons"]],
-            "%",
-            "Perplexity that the second arm adds, per cent",
+        section.blocks.extend(
+            _costs(
+                [(pair, pair["change_pct"]) for pair in result["comparisons"]],
+                "%",
+                "Perplexity that the second arm adds, per cent",
+            )
         )
     return section
 
@@ -103,11 +105,11 @@ def ruler_section(run: RunFiles) -> Section:
             for pair in result["comparisons"]
             for entry in pair["lengths"]
         ]
-        section.blocks += _costs(
-            pairs, "points", "Points that the second arm loses, mean over tasks"
+        section.blocks.extend(
+            _costs(pairs, "points", "Points that the second arm loses, mean over tasks")
         )
-        section.blocks += _ruler_notes(result)
-        section.blocks += _flips(result)
+        section.blocks.extend(_ruler_notes(result))
+        section.blocks.extend(_flips(result))
     return section
 
 

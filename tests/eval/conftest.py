@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense2sparse.eval.sources import RulerWords, Template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dense2sparse.eval.sources import RulerWords, Template
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from dense2sparse.eval.ruler import (
     DoesNotFit,
     Generator,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from dense2sparse.eval.statistics import (
     holm,
     mcnemar,
