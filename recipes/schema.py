@@ -157,13 +157,8 @@ class Data(Section):
 
 def _same_text(one: Source, other: Source) -> bool:
     """Whether two sources read the same documents for certain; overlapping paths are not looked into."""
-    if one.kind == "recall" or (one.kind, one.path, one.hub, one.config, one.corpus) != (
-        other.kind,
-        other.path,
-        other.hub,
-        other.config,
-        other.corpus,
-    ):
+    keys = ("kind", "path", "hub", "config", "corpus")
+    if one.kind == "recall" or any(getattr(one, k) != getattr(other, k) for k in keys):
         return False
     if one.kind == "hub":
         return one.split == other.split
