@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .fetch import FetchError, apt_download, lock, pip_download, write_atomically
 
@@ -239,6 +240,7 @@ def _r_strings(data: bytes) -> Iterator[bytes]:
     length, then each string as flags, length (-1: missing) and bytes.
     """
     at = 0
+    codec: Any
     while at < len(data):
         kind = data[at + 4 : at + 5]
         if kind == b"2":

@@ -63,7 +63,7 @@ def pip_download(requirement: str, into: Path, *, sha256: str | None = None) -> 
     name = requirement.split("==")[0]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "30"]
-    attempts = [[]]
+    attempts: list[list[str]] = [[]]
     with tempfile.TemporaryDirectory() as scratch:
         if sha256 is None:
             command += ["--only-binary", ":all:", "--dest", str(into), requirement]

@@ -8,6 +8,7 @@ data to the token, also with another number of ranks or another row length. Call
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,28 +91,29 @@ class RowLoader:
             [entry.stream for entry in streams], [source.weight for source in sources], row_len
         )
         self._rows = 0
+        self._state = self._position()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="row-loader")
+        self._ahead: Future[tuple[Batch, dict[str, Any]]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch of this rank."""
-        mine = []
-        for number in range(self._micro_batch_size * self._world_size):
-            row = pack_row(self._mixture.draw, self._row_len)
-            if number % self._world_size == self._rank:
-                mine.append(row)
-        self._rows += self._micro_batch_size * self._world_size
-        return Batch.of(mine)
+        """The next micro batch of this rank; the one after it is made meanwhile."""
+        ready = self._ahead or self._worker.submit(self._make)
+        self._ahead = None  # an error is raised once, here, and not again by `close`
+        batch, self._state = ready.result()
+        self._ahead = self._worker.submit(self._make)
+        return batch
 
     @property
     def tokens_drawn(self) -> dict[str, int]:
         """Tokens taken from each source so far, over all ranks."""
-        return self._mixture.tokens_drawn
+        return dict(self._state["mixture"]["drawn"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data as plain JSON values; equal on all ranks."""
-        return {"rows": self._rows, "mixture": self._mixture.state_dict()}
+        """Position after the last batch handed out, as plain JSON values; equal on all ranks."""
+        return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch before `state_dict`.
@@ -119,11 +121,34 @@ class RowLoader:
         Raises:
             ValueError: the state is of other sources, or files changed since.
         """
+        self._drop_ahead()
         self._rows = state["rows"]
         self._mixture.load_state_dict(state["mixture"])
+        self._state = self._position()
 
     def close(self) -> None:
-        """Nothing is held open between batches; here so that callers need not know that."""
+        """End the thread; the loader cannot be used afterwards."""
+        self._drop_ahead()
+        self._worker.shutdown(wait=True)
+
+    def _make(self) -> tuple[Batch, dict[str, Any]]:
+        """One micro batch and the position after it."""
+        mine = []
+        for number in range(self._micro_batch_size * self._world_size):
+            row = pack_row(self._mixture.draw, self._row_len)
+            if number % self._world_size == self._rank:
+                mine.append(row)
+        self._rows += self._micro_batch_size * self._world_size
+        return Batch.of(mine), self._position()
+
+    def _position(self) -> dict[str, Any]:
+        return {"rows": self._rows, "mixture": self._mixture.state_dict()}
+
+    def _drop_ahead(self) -> None:
+        """Wait for the batch that is being made, if any, and forget it."""
+        if self._ahead is not None and not self._ahead.cancel():
+            wait([self._ahead])
+        self._ahead = None
 
 
 def heldout_rows(

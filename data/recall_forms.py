@@ -227,7 +227,9 @@ def assignments(rng: Rng, words: Sequence[str]) -> Scenario:
     """Dials that are set or follow another dial; all that show one value are asked for."""
     dials = several(rng, TREES, int(rng.integers(3, 9)))
     cut = int(rng.integers(2, len(dials)))
-    groups, facts, questions = [dials[:cut], dials[cut:]], [], []
+    groups = [dials[:cut], dials[cut:]]
+    facts: list[str] = []
+    questions: list[Question] = []
     for group in groups:
         value, begin = number(rng), len(facts)
         facts.append(f"Dial {group[0]} was turned to {value}.")
@@ -318,7 +320,8 @@ def gathered(rng: Rng, words: Sequence[str]) -> Scenario:
     ask = {"{n} b": "What did {n} buy?", "To {n": "What did they send to {n}?"}.get(
         state[:5], "What did {n} come home with?"
     )
-    facts, questions = [], []
+    facts: list[str] = []
+    questions: list[Question] = []
     for place, buyer in enumerate(buyers):
         mine = things[4 * place : 4 * place + int(rng.integers(2, 5))]
         needs = tuple(range(len(facts), len(facts) + len(mine)))

