@@ -112,12 +112,15 @@ def save(
 
     Args:
         state_dict: full-precision tensors to write instead of the model's own (ZeRO gathers them).
+        also: a tokenizer, or anything else with `save_pretrained`, for the same folder.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(partial, state_dict=state_dict)  # type: ignore[operator]
+    if also is not None:
+        also.save_pretrained(partial)
     if path.exists():
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
