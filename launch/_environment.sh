@@ -54,8 +54,9 @@ checksums() {
 explain_pip() {
     local log=$1 what=$2
     tail -n 15 "$log" >&2
-    if grep -qE 'NewConnectionError|ConnectTimeout|NameResolutionError|Temporary failure in name|No route to host|ProxyError' "$log"; then
-        fail "Installing $what failed because the package index cannot be reached; check the network, or set PIP_INDEX_URL to a mirror. Log: $log"
+    if grep -qE 'NewConnectionError|ConnectTimeout|NameResolutionError|ProxyError|from versions: none' "$log"; then
+        fail "Installing $what failed because the package index cannot be reached, or lacks it; check the" \
+            "network, or set PIP_INDEX_URL to a mirror. Whole log: $log"
     fi
     fail "Installing $what failed; the lines above say why. Whole log: $log"
 }

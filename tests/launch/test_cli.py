@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_cluster import ROOT, ToyCluster
+
 from dense2sparse.launch import cli
 from dense2sparse.launch.processes import Ending
 from dense2sparse.launch.run import is_finished, verdict
-from toy_cluster import ROOT, ToyCluster
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 
