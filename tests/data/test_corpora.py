@@ -99,6 +99,19 @@ def test_a_fingerprint_needs_no_download_and_differs_by_corpus():
     assert corpora.checksum("ruler-pd", ["alice29"]) == corpora.checksum("heldout")
 
 
+def test_a_full_disk_and_a_killed_run_leave_no_half_text(made_package, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch.os, "fsync", full)
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
+            corpora.read("made", None, tmp_path)
+    (tmp_path / "corpora" / ".a.txt.99.tmp").write_bytes(b"ha")
+    corpora.read("made", None, tmp_path)
+    assert sorted(f.name for f in (tmp_path / "corpora").iterdir()) == [".lock", "a.txt"]
+
+
 def test_the_r_data_format_is_read(tmp_path):
     def record(lines):
         body = b"X\n" + struct.pack(">III", 3, 0x40201, 0x30500) + struct.pack(">I", 5) + b"UTF-8"

