@@ -106,7 +106,11 @@ def convert(
 
 
 def save(
-    model: nn.Module, path: str | Path, *, state_dict: dict[str, Tensor] | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    also: Any = None,
 ) -> None:
     """Write a folder that `load` and plain transformers read; it appears whole or not at all.
 

@@ -1,8 +1,8 @@
 """Shape of the sparse attention on one checkpoint: resolved from the recipe and the model, and checked.
 
 The geometry is saved in the converted folder's config under the published names
-(`sparse_attention_config`, as in the released MiniMax-M3 configuration), plus a few keys of our own that say
-what the index branch copies from the main branch.
+(`sparse_attention_config`, as in the released MiniMax-M3 configuration), plus a few keys of our own that
+say what the index branch copies from the main branch.
 """
 
 from __future__ import annotations
