@@ -154,8 +154,13 @@ class _WriteGuard:
             self.failure = str(error).strip().split("\n")[0]
 
 
-def _free_mib(path: Path) -> int:
-    return shutil.disk_usage(path).free >> 20
+def _reason(failure: str | None) -> str:
+    """What the user should know of a failed write; torch's writer says only that bytes are missing."""
+    if failure is None:
+        return "another rank could not write"
+    if "inline_container" in failure or "PytorchStreamWriter" in failure:
+        return "the disk is full or a size limit is reached"
+    return failure
 
 
 def save(
@@ -212,10 +217,9 @@ def save(
     if not _agreed(int(guard.failure is None)):
         if _rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        reason = guard.failure or "another rank could not write"
         raise CheckpointError(
-            f"the checkpoint at step {step} could not be written to {root} ({reason}; "
-            f"{_free_mib(root)} MiB free): make room and start again, the previous checkpoint is whole"
+            f"the checkpoint at step {step} could not be written to {root} ({_reason(guard.failure)}): "
+            "make room and start again, the checkpoints before it are whole"
         )
     return folder
 

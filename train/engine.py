@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Protocol
@@ -40,6 +43,9 @@ def init_distributed() -> None:
     import deepspeed
 
     skip_shared_memory_build()
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch versions rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Rank 0 fetches and converts a model while the others wait in a barrier.
     deepspeed.init_distributed(timeout=timedelta(hours=4), verbose=False)
 
@@ -143,9 +149,10 @@ def start_engine(
         {n: p.data for n, p in objective.named_parameters() if p.requires_grad} if is_bf16 else {}
     )
     buffers = {n: b.detach().clone() for n, b in objective.named_buffers() if b.is_floating_point()}
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=optimizer, config=config, dist_init_required=False
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # memory reports of every group, unasked
+        engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=config, dist_init_required=False
+        )
     if is_bf16:
         _set_masters(engine, exact)
         for name, buffer in engine.module.named_buffers():

@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 a mistake of the user, 75 asked to stop and resumable, 1 f
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .context import RunContext
 
 BAD_RECIPE, FAILED = 2, 1
+_DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,8 +99,9 @@ def _explain(error: BaseException, rank: int) -> int:
     if isinstance(error, CheckpointError):
         print(f"{prefix}{error}", file=sys.stderr)
         return FAILED
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        print(f"{prefix}{error.strerror}: {error.filename}", file=sys.stderr)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        place = f" at {error.filename}" if error.filename else ""
+        print(f"{prefix}{error.strerror}{place}: make room and start again", file=sys.stderr)
         return FAILED
     if isinstance(error, ValueError) and own:
         print(f"{prefix}{error}", file=sys.stderr)
@@ -203,6 +206,9 @@ def _device() -> Any:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != "cuda":
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+            ranks = int(os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

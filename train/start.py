@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from ..data.loader import RowLoader
 from ..model import convert
 from ..model.source import check_tokenizer, resolve_checkpoint
+from .checkpoint import CheckpointError
 from .context import RunContext
 from .files import read_json, sync_file, write_json
 
@@ -96,10 +98,22 @@ def _convert(context: RunContext, original: Path) -> None:
 
 
 def save_folder(model: Any, tokenizer: Any, target: Path) -> None:
-    """Write a converted model with its tokenizer and flush every file to the disk."""
+    """Write a converted model with its tokenizer and flush every file to the disk.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; what was written is removed.
+    """
     shutil.rmtree(target, ignore_errors=True)
-    convert.save(model, target)
-    tokenizer.save_pretrained(target)
-    for path in target.iterdir():
-        if path.is_file():
-            sync_file(path)
+    try:
+        convert.save(model, target)
+        tokenizer.save_pretrained(target)
+        for path in target.iterdir():
+            if path.is_file():
+                sync_file(path)
+    except (OSError, SafetensorError) as error:
+        for leftover in (target, target.with_name(f".{target.name}.partial")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{target} could not be written ({first}): make room and start again, nothing else is lost"
+        ) from None
