@@ -18,8 +18,8 @@ from typing import Any
 from ..recipes.load import RecipeError, fingerprint, load, zero_stage
 
 _ASSUMED_UTILISATION = 0.35
-"""Share of the peak that the projection of hours assumes; a guess until the first steps are
-timed.""" _GIB = 2**30
+"""Share of the peak that the projection of hours assumes; a guess until steps are timed."""
+_GIB = 2**30
 
 
 def main(arguments: list[str] | None = None) -> int:
