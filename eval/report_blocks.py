@@ -9,11 +9,12 @@ from html import escape
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell; `heat` (0 to 100) tints it, `note` is its tooltip."""
+    """One table cell; `heat` (0 to 100) tints it, `note` is its tooltip, `small` stands below."""
 
     text: str
     heat: float | None = None
     note: str = ""
+    small: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Chart:
 
     svg: str
     caption: str
+    half: bool = False
+    """Whether two stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,9 @@ def _html(block: Block) -> str:
     if isinstance(block, Chart):
         if not block.svg:
             return ""
-        return f"<figure>{block.svg}<figcaption>{escape(block.caption)}</figcaption></figure>"
+        width = ' class="half"' if block.half else ""
+        caption = escape(block.caption)
+        return f"<figure{width}>{block.svg}<figcaption>{caption}</figcaption></figure>"
     if isinstance(block, Details):
         return (
             f"<details><summary>{escape(block.summary)}</summary>"
@@ -157,7 +162,8 @@ def _html_row(row: Sequence[Cell | str]) -> str:
             else f' class="heat" style="--heat:{max(0.0, min(100.0, cell.heat)):.0f}%"'
         )
         note = f' title="{escape(cell.note)}"' if cell.note else ""
-        parts.append(f"<td{heat}{note}>{escape(cell.text)}</td>")
+        small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
+        parts.append(f"<td{heat}{note}>{escape(cell.text)}{small}</td>")
     return "".join(parts)
 
 
@@ -168,10 +174,16 @@ def _markdown(block: Block) -> list[str]:
         return [f"*{block.caption} (picture: see the HTML report)*"] if block.svg else []
     if isinstance(block, Details):
         return [f"{block.summary}:", "", "```", block.text.replace("```", "'''"), "```"]
-    rows = [[cell if isinstance(cell, str) else cell.text for cell in row] for row in block.rows]
+    rows = [[_plain(cell) for cell in row] for row in block.rows]
     lines = [f"{block.caption}", ""] if block.caption else []
     lines.append("| " + " | ".join(block.columns) + " |")
     lines.append("|" + "---|" * len(block.columns))
     return lines + [
         "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows
     ]
+
+
+def _plain(cell: Cell | str) -> str:
+    if isinstance(cell, str):
+        return cell
+    return f"{cell.text} ({cell.small})" if cell.small else cell.text

@@ -5,6 +5,7 @@ Every interval is 95 % and paired. Positive costs are losses: perplexity that ro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from .charts import Bar, Series, interval_chart, line_chart
@@ -25,11 +26,11 @@ _COLOURS = {
     "whole conversion": 4,
 }
 MEANINGS = {
-    "training drift": "A - B: what training did to the weights, both with full attention",
-    "budget cost": "B - D: what is lost with the best blocks that fit the budget",
-    "indexer error": "D - C: what is lost because the index branch chose other blocks",
-    "cost of sparsity": "B - C: the last two together",
-    "whole conversion": "A - C: everything together, against the checkpoint as it was",
+    "training drift": "A to B: training moved the weights",
+    "budget cost": "B to D: only the best k blocks are read",
+    "indexer error": "D to C: the index branch chose others",
+    "cost of sparsity": "B to C: the last two",
+    "whole conversion": "A to C: all of it",
 }
 
 
@@ -43,7 +44,7 @@ def arm_name(label: str) -> str:
 def signed(value: float, digits: int = 2) -> str:
     """A difference with its sign; what rounds to zero has none."""
     text = f"{value:+.{digits}f}"
-    return f"{0:.{digits}f}" if float(text) == 0 else text
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def span(interval: dict[str, Any], digits: int = 2) -> str:
@@ -63,31 +64,21 @@ def perplexity_section(run: RunFiles) -> Section:
     for result in run.results["perplexity"]:
         arms = result["arms"]
         base = "original_dense" if "original_dense" in arms else next(iter(arms))
-        rows: list[list[Cell | str]] = []
-        for label, arm in arms.items():
-            ratio = 100 * (arm["perplexity"] / arms[base]["perplexity"] - 1)
-            rows.append(
-                [
-                    arm_name(label),
-                    f"{arm['perplexity']:.3f}",
-                    "reference" if label == base else f"{signed(ratio)} %",
-                    f"{arm['loss']:.4f}",
-                    f"{arm['seconds']:.0f} s",
-                ]
-            )
         caption = (
             f"{when(result)}; {result['rows']} held-out rows of {result['row_len']} tokens "
-            f"({result['blocks']} blocks each), the same rows in every arm"
+            f"({result['blocks']} blocks each), the same rows in every arm; "
+            f"below each the change against {LETTERS[base][0]}"
         )
-        columns = ["arm", "perplexity", f"against {LETTERS[base][0]}", "loss, nats", "time"]
-        section.blocks.append(Table(columns, rows, caption))
-        section.blocks.extend(
-            _costs(
-                [(pair, pair["change_pct"]) for pair in result["comparisons"]],
-                "%",
-                "Perplexity that the second arm adds, per cent",
-            )
+        section.blocks.append(_perplexity_table(arms, base, caption))
+        costs = [
+            _Cost(pair["meaning"], _budget(pair["second"]), pair["change_pct"])
+            for pair in result["comparisons"]
+        ]
+        caption = (
+            f"per cent of perplexity, with 95 % intervals from {result['rows']} paired rows"
+            f"{_few(result['rows'])}; positive is worse"
         )
+        section.blocks.extend(_costs(costs, caption, "perplexity that is added, per cent"))
     return section
 
 
@@ -100,14 +91,7 @@ def ruler_section(run: RunFiles) -> Section:
             table = _ruler_table(result, length)
             if table is not None:
                 section.blocks.append(table)
-        pairs = [
-            (pair | {"length": entry["length"], "entry": entry}, entry["lost"])
-            for pair in result["comparisons"]
-            for entry in pair["lengths"]
-        ]
-        section.blocks.extend(
-            _costs(pairs, "points", "Points that the second arm loses, mean over tasks")
-        )
+            section.blocks.extend(_ruler_costs(result, int(length)))
         section.blocks.extend(_ruler_notes(result))
         section.blocks.extend(_flips(result))
     return section
@@ -128,7 +112,7 @@ def probe_section(run: RunFiles) -> Section:
                     f"k = {entry['top_k']}",
                     _share(mean, "oracle_coverage"),
                     _share(worst, "oracle_coverage"),
-                    f"{signed(gap['estimate'], 4)} ({span(gap, 4)})",
+                    Cell(signed(gap["estimate"], 4), small=span(gap, 4)),
                     _share(mean, "learned_coverage"),
                     _share(worst, "learned_coverage"),
                     ", ".join(f"{value:.0f}" for value in needle.values()) or "not measured",
@@ -158,37 +142,91 @@ def probe_section(run: RunFiles) -> Section:
     return section
 
 
-def _costs(
-    pairs: list[tuple[dict[str, Any], dict[str, Any]]], unit: str, label: str
-) -> list[Block]:
-    """Table and interval chart of paired comparisons."""
-    if not pairs:
+@dataclass(frozen=True)
+class _Cost:
+    """One paired comparison: what it means, the budget of its second arm ("" if dense), its interval."""
+
+    meaning: str
+    budget: str
+    interval: dict[str, Any]
+    unseen_share: float | None = None
+
+
+def _costs(costs: list[_Cost], caption: str, axis: str) -> list[Block]:
+    """Meaning by budget as a table, and the same intervals as a chart."""
+    if not costs:
         return []
-    rows: list[list[Cell | str]] = []
-    bars: list[Bar] = []
-    for pair, interval in pairs:
-        budget = pair["second"].partition("-k")[2]
-        name = pair["meaning"] + (f", k = {budget}" if budget else "")
-        if len({entry.get("length") for entry, _ in pairs}) > 1:
-            name += f", {pair['length']} tokens"
-        note = "0 is inside" if interval["low"] <= 0 <= interval["high"] else "0 is outside"
-        unseen = (pair.get("entry") or {}).get("unseen_share")
-        if unseen is not None:
-            note = f"no answer changed; up to {100 * unseen:.0f} % changed cannot be excluded"
-        value = f"{signed(interval['estimate'])} {unit}"
-        rows.append([name, value, span(interval), f"{interval['samples']}", note])
-        bars.append(
-            Bar(
-                name,
-                interval["estimate"],
-                interval["low"],
-                interval["high"],
-                _COLOURS[pair["meaning"]],
-            )
+    budgets = list(dict.fromkeys(cost.budget for cost in costs))
+    shown = {(cost.meaning, cost.budget): _cost_cell(cost) for cost in costs}
+    rows: list[list[Cell | str]] = [
+        [f"{meaning} ({words})", *(shown.get((meaning, budget), "") for budget in budgets)]
+        for meaning, words in MEANINGS.items()
+        if any(cost.meaning == meaning for cost in costs)
+    ]
+    bars = [
+        Bar(
+            cost.meaning + (f", k = {cost.budget}" if cost.budget else ""),
+            cost.interval["estimate"],
+            cost.interval["low"],
+            cost.interval["high"],
+            _COLOURS[cost.meaning],
         )
-    columns = ["cost", "estimate", "95 % interval", "pairs", "zero"]
-    legend = "; ".join(f"{name}: {words}" for name, words in MEANINGS.items())
-    return [Table(columns, rows), Chart(interval_chart(bars, x_label=label), legend)]
+        for cost in costs
+    ]
+    columns = ["cost", *(f"k = {budget}" if budget else "all blocks" for budget in budgets)]
+    legend = "Estimates and 95 % intervals; an interval that holds zero leaves the sign open."
+    return [Table(columns, rows, caption), Chart(interval_chart(bars, x_label=axis), legend)]
+
+
+def _cost_cell(cost: _Cost) -> Cell:
+    if cost.unseen_share is not None:
+        note = "share of changed answers that so few pairs cannot exclude, 95 %"
+        return Cell("no answer changed", None, note, f"up to {100 * cost.unseen_share:.0f} % could")
+    return Cell(signed(cost.interval["estimate"]), small=span(cost.interval))
+
+
+def _few(pairs: int) -> str:
+    return " (so few that they are narrower than they should be)" if pairs < 10 else ""
+
+
+def _budget(label: str) -> str:
+    return label.partition("-k")[2]
+
+
+def _perplexity_table(arms: dict[str, Any], base: str, caption: str) -> Table:
+    """Arm by budget."""
+    budgets = list(dict.fromkeys(_budget(label) for label in arms))
+    rows: list[list[Cell | str]] = []
+    for arm, (letter, words) in LETTERS.items():
+        row: list[Cell | str] = [f"{letter} {words}"]
+        for budget in budgets:
+            found = arms.get(f"{arm}-k{budget}" if budget else arm)
+            if found is None:
+                row.append("")
+                continue
+            change = 100 * (found["perplexity"] / arms[base]["perplexity"] - 1)
+            against = "" if found is arms[base] else f"{signed(change)} %"
+            note = f"loss {found['loss']:.4f} nats; {found['seconds']:.0f} s"
+            row.append(Cell(f"{found['perplexity']:.3f}", None, note, against))
+        if any(row[1:]):
+            rows.append(row)
+    columns = ["arm", *(f"k = {budget}" if budget else "all blocks" for budget in budgets)]
+    return Table(columns, rows, caption)
+
+
+def _ruler_costs(result: dict[str, Any], length: int) -> list[Block]:
+    costs, pairs = [], 0
+    for pair in result["comparisons"]:
+        for entry in pair["lengths"]:
+            if entry["length"] == length:
+                pairs = entry["lost"]["samples"]
+                budget = _budget(pair["second"])
+                costs.append(_Cost(pair["meaning"], budget, entry["lost"], entry["unseen_share"]))
+    caption = (
+        f"points lost at {length} tokens, mean over tasks, with 95 % intervals from {pairs} paired "
+        f"answers{_few(pairs)}; positive is worse"
+    )
+    return _costs(costs, caption, "points that are lost, mean over tasks")
 
 
 def _ruler_table(result: dict[str, Any], length: str) -> Table | None:

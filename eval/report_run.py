@@ -8,7 +8,7 @@ from typing import Any
 from .charts import Series, line_chart
 from .report_blocks import Card, Cell, Chart, Details, Section, Table, Text
 from .report_data import RunFiles
-from .report_results import arm_name, signed, span, when
+from .report_results import signed, span, when
 
 _CURVES = (
     (
@@ -54,34 +54,53 @@ def verdict(run: RunFiles) -> list[str]:
         return ["Nothing has been measured yet: no evaluation stage of this run has finished."]
     perplexity, ruler = run.last("perplexity"), run.last("ruler")
     parts: list[str] = []
-    if perplexity:
-        change = _pair(perplexity, "cost of sparsity", top_k) or _pair(
-            perplexity, "whole conversion", top_k
+    gap = _main_pair(perplexity, top_k)
+    if gap:
+        change = gap["change_pct"]
+        parts.append(
+            f"perplexity is {_moved(change['estimate'], 2, ' %')} than {_reference(gap)} "
+            f"({_interval(change, 2, ' %')})"
         )
-        if change:
-            gap = change["change_pct"]
-            parts.append(
-                f"perplexity is {signed(gap['estimate'])} % against {arm_name(change['first'])} "
-                f"(95 % interval {span(gap)} %)"
-            )
-    if ruler:
-        lost = _pair(ruler, "cost of sparsity", top_k) or _pair(ruler, "whole conversion", top_k)
-        for entry in lost["lengths"] if lost else []:
-            gap = entry["lost"]
-            parts.append(
-                f"{signed(-gap['estimate'], 1)} RULER points at {entry['length']} tokens "
-                f"({signed(-gap['high'], 1)} to {signed(-gap['low'], 1)})"
-            )
+    lost = _main_pair(ruler, top_k)
+    for entry in lost["lengths"] if lost else []:
+        gain = {name: -entry["lost"][name] for name in ("estimate", "low", "high")}
+        gain["low"], gain["high"] = gain["high"], gain["low"]
+        where = f"the RULER mean at {entry['length']} tokens"
+        if entry["unseen_share"] is None:
+            moved = f"{_moved(gain['estimate'], 1, ' points')} ({_interval(gain, 1, ' points')})"
+        else:
+            moved = f"the same in all {entry['lost']['samples']} answers"
+        parts.append(f"{where} is {moved}")
     blocks = f" of {perplexity['blocks']}" if perplexity else ""
-    lines = [
-        f"Reading {top_k}{blocks} blocks, the converted model costs: " + "; ".join(parts) + "."
-    ]
     if not parts:
-        lines = [
-            f"Reading {top_k}{blocks} blocks: measured, but without a pair of arms to compare."
+        return [
+            f"Read with {top_k}{blocks} blocks: measured, but without a pair of arms to compare."
         ]
+    lines = [f"Reading {top_k}{blocks} blocks, " + ", and ".join(parts) + "."]
     source = _decomposition(perplexity, top_k)
     return [*lines, source] if source else lines
+
+
+def _main_pair(result: dict[str, Any] | None, top_k: int) -> dict[str, Any] | None:
+    """What sparsity alone cost, or the whole conversion where dense attention was not measured."""
+    if result is None:
+        return None
+    return _pair(result, "cost of sparsity", top_k) or _pair(result, "whole conversion", top_k)
+
+
+def _reference(pair: dict[str, Any]) -> str:
+    dense = pair["first"] == "converted_dense"
+    return "with full attention" if dense else "that of the original model"
+
+
+def _moved(value: float, digits: int, unit: str) -> str:
+    word = "higher" if value >= 0 else "lower"
+    return f"{abs(value):.{digits}f}{unit} {word}"
+
+
+def _interval(gap: dict[str, Any], digits: int, unit: str) -> str:
+    zero = ", zero is inside" if gap["low"] <= 0 <= gap["high"] else ""
+    return f"95 % interval {span(gap, digits)}{unit}{zero}"
 
 
 def cards(run: RunFiles) -> list[Card]:
@@ -134,7 +153,7 @@ def training_section(run: RunFiles) -> Section:
             if (points := run.series(metric))
         ]
         chart = line_chart(series, x_label="training tokens", y_label=unit, marks=marks)
-        section.blocks.append(Chart(chart, title))
+        section.blocks.append(Chart(chart, title, half=True))
     if not run.metrics:
         section.blocks.append(Text("No metrics.jsonl: this run trained nothing yet.", "warn"))
     return section

@@ -37,11 +37,15 @@ tbody tr:last-child > * { border-bottom: 0 }
 th:first-child { text-align: left } tbody th { font-weight: 500; white-space: nowrap }
 thead th { color: var(--muted); font-weight: 500; vertical-align: bottom }
 td:only-of-type { text-align: left; overflow-wrap: anywhere }
+td small { display: block; color: var(--muted); font-size: 12px; white-space: nowrap }
 .heat { background: color-mix(in srgb, var(--good) calc(var(--heat) * .42), transparent) }
 figure { margin: 14px 0; background: var(--panel); border: 1px solid var(--line); border-radius: 10px;
   padding: 16px 18px 12px }
+section { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); column-gap: 14px }
+section > * { grid-column: 1 / -1; min-width: 0 } section > .half { grid-column: auto; margin: 7px 0 }
+.half svg { font-size: 16px }
 figcaption { color: var(--muted); font-size: 13px; margin-top: 6px }
-svg { display: block; width: 100%; max-width: 860px; height: auto; margin: 0 auto; font-size: 11px }
+svg { display: block; width: 100%; max-width: 780px; height: auto; margin: 0 auto; font-size: 11px }
 svg polyline { stroke-width: 2; stroke-linejoin: round }
 svg text { fill: var(--muted) } svg .row { fill: var(--ink) }
 svg .grid { stroke: var(--line) } svg .zero { stroke: var(--ink) }
@@ -54,5 +58,6 @@ pre { overflow-x: auto; white-space: pre-wrap; background: var(--panel); border:
   border-radius: 10px; padding: 12px 14px; font-size: 12.5px; line-height: 1.5 }
 @media print { body { font-size: 12px } nav { display: none } .scroll, figure, .card { break-inside: avoid }
   main { max-width: none; padding: 0 } }
-@media (max-width: 600px) { main { padding: 24px 12px } th, td { padding: 6px 8px } h1 { font-size: 24px } }
+@media (max-width: 700px) { section { grid-template-columns: minmax(0, 1fr) }
+  main { padding: 24px 12px } th, td { padding: 6px 8px } h1 { font-size: 24px } }
 """
