@@ -165,6 +165,6 @@ def test_difference_that_rounds_to_zero_has_no_sign():
     assert (signed(-0.001), signed(0.0), signed(-0.01), signed(0.5, 1)) == (
         "0.00",
         "0.00",
-        "-0.01",
+        "\N{MINUS SIGN}0.01",
         "+0.5",
     )
