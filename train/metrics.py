@@ -154,8 +154,12 @@ class Metrics:
         """Close the file and the wandb run."""
         self.reopen()
         if self._wandb is not None:
+            import wandb
+
             self._wandb.finish(exit_code=1 if failed else 0)
             self._wandb = None
+            # `finish` may return before wandb's own process has written the file; this waits for it.
+            wandb.teardown()
 
 
 def start_wandb(settings: Any, *, name: str, run_id: str, run_dir: Path, config: dict) -> Any:

@@ -15,6 +15,7 @@ import traceback
 
 import deepspeed  # noqa: F401
 import transformers  # noqa: F401
+
 from dense2sparse.train import run, stages, start  # noqa: F401
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from dense2sparse.model import convert
 from dense2sparse.model.attention import AttentionCall
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from dense2sparse.model import convert
 from dense2sparse.recipes.schema import SparseStage, Sparsity, WarmupStage
-from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, ROW_LEN, BLOCK, TOP_K, LAYERS = 300, 128, 16, 4, 4
 

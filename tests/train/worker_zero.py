@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from dense2sparse.model import convert
 from dense2sparse.train import engine as engines
 from dense2sparse.train.flops import model_cost

@@ -1,0 +1,187 @@
+"""Metrics: declared names only, the same numbers everywhere, no step twice after a resume."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from types import SimpleNamespace
+
+import pytest
+
+from dense2sparse.train import metrics as recording
+from dense2sparse.train.metrics import Metrics, Progress, check_names, read_records, truncate
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train/loss_lm",
+        "train/grad_norm/index",
+        "index/kl/layer_07",
+        "index/learned_coverage/layer_101",
+        "index/learned_coverage_min",
+        "eval/ruler/1k/niah_single_1",
+        "eval/perplexity/converted_sparse/k16",
+    ],
+)
+def test_declared_names_are_accepted(name):
+    check_names({name: 1.0})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train/loss",
+        "train/loss_lm ",
+        "Train/loss_lm",
+        "index/kl/layer_7",
+        "index/kl/layer_NN",
+        "throughput(tps)",
+        "eval/other/1",
+        "eval/ruler",
+    ],
+)
+def test_any_other_name_is_refused(name):
+    with pytest.raises(ValueError, match="is not declared in train/metrics.py"):
+        check_names({name: 1.0})
+
+
+@pytest.mark.parametrize("value", ["1", None, True])
+def test_a_metric_is_a_number(value):
+    with pytest.raises(ValueError, match="must be a number"):
+        check_names({"train/loss_lm": value})
+
+
+def log(metrics: Metrics, step: int, stage_index: int, value: float) -> None:
+    metrics.log(
+        {"train/loss_lm": value},
+        step=step,
+        tokens=step * 10,
+        stage_index=stage_index,
+        stage=f"{stage_index}-sparse",
+    )
+
+
+def test_truncation_keeps_earlier_stages_and_steps_up_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    for step, stage in [(1, 0), (2, 0), (2, 1), (3, 1), (4, 1), (4, 2)]:
+        log(metrics, step, stage, float(step))
+    metrics.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "tok')  # killed while writing
+    truncate(path, stage_index=1, step=3)
+    assert [(r["step"], r["stage_index"]) for r in read_records(path)] == [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (3, 1),
+    ]
+    truncate(path, stage_index=1, step=-1)
+    assert [(r["step"], r["stage_index"]) for r in read_records(path)] == [(1, 0), (2, 0)]
+
+
+def test_a_damaged_line_inside_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        read_records(path)
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    values = {"train/loss_lm": float("nan"), "train/loss_kl": 1.0}
+    metrics.log(values, step=1, tokens=1, stage_index=0, stage="0-warmup")
+    metrics.close()
+    (record,) = read_records(tmp_path / "metrics.jsonl")
+    assert record == {
+        "step": 1,
+        "tokens": 1,
+        "stage_index": 0,
+        "stage": "0-warmup",
+        "train/loss_kl": 1.0,
+    }
+
+
+def offline_history(path) -> list[dict]:
+    """History records of an offline .wandb file: LevelDB-style blocks of protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, block, place, whole, found = path.read_bytes(), 32768, 7, b"", []
+    while place + 7 <= len(data):
+        if block - place % block < 7:  # no room for a header: padding up to the next block
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        place += 7
+        whole += data[place : place + length]
+        place += length
+        if kind in (1, 4):  # a full record, or the last piece of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                found.append(
+                    {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                )
+    return found
+
+
+def wandb_settings(mode: str) -> SimpleNamespace:
+    return SimpleNamespace(mode=mode, project="tests", entity=None, group=None, tags=[])
+
+
+def test_wandb_offline_holds_the_same_numbers_as_the_file(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    run = recording.start_wandb(
+        wandb_settings("offline"), name="t", run_id="abcd1234", run_dir=tmp_path, config={"a": 1}
+    )
+    metrics = Metrics(tmp_path / "metrics.jsonl", wandb_run=run)
+    for step in (1, 2, 3):
+        log(metrics, step, 1, 1.0 / step)
+    metrics.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-abcd1234.wandb")
+    history = offline_history(file)
+    ours = [(r["step"], r["tokens"], r["train/loss_lm"]) for r in read_records(metrics.path)]
+    theirs = [(r["step"], r["tokens"], r["train/loss_lm"]) for r in history]
+    assert theirs == ours == [(1, 10, 1.0), (2, 20, 0.5), (3, 30, 1.0 / 3)]
+
+
+def test_wandb_disabled_starts_nothing(tmp_path):
+    settings = wandb_settings("disabled")
+    assert (
+        recording.start_wandb(settings, name="t", run_id="x", run_dir=tmp_path, config={}) is None
+    )
+    assert not list(tmp_path.iterdir())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_progress_tells_speed_and_time_left(stream):
+    now = iter([0.0, 10.0, 20.0, 40.0])
+    progress = Progress("1-sparse", 100, stream=stream, clock=lambda: next(now))
+    progress.show(10, loss=2.0, kl=0.5, tokens_per_s=1234.0)
+    progress.show(20, loss=1.9, kl=0.4, tokens_per_s=1234.0)
+    progress.show(30, loss=1.8, kl=0.3, tokens_per_s=1234.0)
+    progress.end()
+    text = stream.getvalue()
+    lines = text.replace("\r", "\n").strip().split("\n")
+    assert "? left" in lines[0]
+    assert (
+        lines[1].rstrip() == "1-sparse  step  20/100  lm 1.9000  kl 0.4000  1,234 tok/s  1m20s left"
+    )
+    assert "1m45s left" in lines[2]
+    assert ("\r" in text) == stream.isatty()
+
+
+def test_every_declared_name_matches_itself():
+    for name in recording.NAMES:
+        if name != "eval/TASK":
+            check_names({name.replace("NN", "03"): 0.0})
