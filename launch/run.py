@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -144,13 +145,23 @@ def verdict(folder: Path, wanted: str, ending: Ending, wait_s: float) -> int:
         return EXIT_STOPPED
     if ending.code == EXIT_BAD_RECIPE:
         return EXIT_BAD_RECIPE  # the rank has said why
-    how = f"exit code {ending.code}" if ending.code >= 0 else f"signal {-ending.code}"
     print(
-        f"dense2sparse: the run did not finish ({how}, no finished.json of this recipe in {folder}); "
-        "the messages above say why, and the same command continues from the last checkpoint",
+        f"dense2sparse: the run did not finish ({_how(ending.code)}, no finished.json of this "
+        f"recipe in {folder}); the messages above say why, and the same command continues from the "
+        "last checkpoint",
         file=sys.stderr,
     )
     return EXIT_FAILED
+
+
+def _how(code: int) -> str:
+    """An exit code in words; the launcher passes on a rank's signal n as 256 - n."""
+    if code < 0:
+        return f"the launcher was ended by signal {-code}"
+    if code > 256 - signal.NSIG:
+        hint = ", as when memory runs out" if code == 256 - signal.SIGKILL else ""
+        return f"a rank was ended by signal {256 - code}{hint}"
+    return f"exit code {code}"
 
 
 def launcher_command(
@@ -178,7 +189,8 @@ def launcher_command(
             "the `deepspeed` command is not installed; ./launch/quickstart.sh installs it"
         )
     # Always a hostfile, so that a /job/hostfile on the machine is never picked up by accident.
-    command = [program, "--log_level", "error", "--hostfile", cluster.hostfile or os.devnull]
+    # What the launcher would log is said in `verdict`; 75 is not an error.
+    command = [program, "--log_level", "critical", "--hostfile", cluster.hostfile or os.devnull]
     arguments = [recipe_file, *overrides]
     if cluster.hostfile is None:
         command += _one_node_options(cluster, gpus)

@@ -131,6 +131,13 @@ def test_verdict(ending: Ending, finished: bool, expected: int, tmp_path: Path) 
     assert verdict(tmp_path, "f", ending, wait_s=0) == expected
 
 
+def test_rank_that_was_killed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict(tmp_path, "f", Ending(247, 0, False), wait_s=0)
+    assert "a rank was ended by signal 9, as when memory runs out" in capsys.readouterr().err
+    verdict(tmp_path, "f", Ending(-9, 0, False), wait_s=0)
+    assert "the launcher was ended by signal 9" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": "g"}', '{"stages": []}'])
 def test_damaged_or_foreign_mark_is_no_mark(text: str, tmp_path: Path) -> None:
     (tmp_path / "finished.json").write_text(text)
