@@ -48,8 +48,16 @@ class ArmRun:
 
 
 def arm_runs(arms: Iterable[str], top_ks: Sequence[int]) -> list[ArmRun]:
-    """Every arm at every budget that matters to it, the original first so that it loads once."""
+    """Every arm at every budget that matters to it, the original first so that it loads once.
+
+    Raises:
+        ValueError: no arm.
+    """
     chosen = set(arms)
+    if not chosen:
+        raise ValueError(
+            f"`arms` is empty: name at least one of original_dense, {', '.join(_MODES)}"
+        )
     runs = [ArmRun(arm) for arm in ("original_dense", "converted_dense") if arm in chosen]
     for top_k in top_ks:
         for arm in ("converted_sparse", "converted_oracle"):
@@ -78,6 +86,7 @@ class Models:
         if self._held is None or self._held[0] != which:
             self.release()
             path = self._paths[which]
+            model: Any
             if which == "original":
                 model = load_dense(path, dtype=self._dtype)
             else:

@@ -25,8 +25,8 @@ class RunFiles:
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """Result of the last stage of a kind."""
-        results = self.results.get(kind) or [None]
-        return results[-1]
+        results = self.results.get(kind)
+        return results[-1] if results else None
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(training tokens, value) of a metric."""

@@ -245,7 +245,7 @@ def _ruler_table(result: dict[str, Any], length: str) -> Table | None:
         rows.append(row)
     average = [Cell(f"{arm['means'][length]:.1f}", arm["means"][length]) for arm in arms.values()]
     rows.append(["mean over tasks", *average])
-    rows.append(["seconds", *(f"{arm['seconds']:.0f}" for arm in arms.values())])
+    rows.append(["seconds, all lengths", *(f"{arm['seconds']:.0f}" for arm in arms.values())])
     caption = (
         f"{when(result)}; {length} tokens, {result['samples']} prompts a task, the same in every arm. "
         "* below 10 or above 99: says little about a difference"

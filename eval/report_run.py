@@ -178,7 +178,7 @@ def index_section(run: RunFiles) -> Section:
         return section
     rows: list[list[Cell | str]] = []
     for label, layers in states:
-        worst = min(layers, key=lambda layer, layers=layers: layers[layer])
+        worst = min(layers.items(), key=lambda item: item[1])[0]
         mean = sum(layers.values()) / len(layers)
         rows.append(
             [label, f"{mean:.4f}", f"{layers[worst]:.4f}", f"layer {worst}", str(len(layers))]

@@ -169,9 +169,9 @@ def _word_list(archive: zipfile.ZipFile, member: str) -> tuple[str, ...]:
 
 def _from_json(content: dict[str, Any]) -> RulerWords:
     templates = {family: Template(**template) for family, template in content["templates"].items()}
-    lists = {key: tuple(content[key]) for key in ("nouns", "adjectives", "verbs")}
-    texts = {key: content[key] for key in ("needle", "noise", "tracking_noise")}
-    return RulerWords(templates=templates, **texts, **lists)
+    parts: dict[str, Any] = {key: tuple(content[key]) for key in ("nouns", "adjectives", "verbs")}
+    parts |= {key: content[key] for key in ("needle", "noise", "tracking_noise")}
+    return RulerWords(templates=templates, **parts)
 
 
 def _digest(content: Any) -> str:

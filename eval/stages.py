@@ -72,6 +72,10 @@ class EvalContext:
         if self.rank == 0:
             print(line, flush=True)
 
+    def teller(self, what: str) -> Callable[[str], None]:
+        """`say`, with what is going on before each line."""
+        return lambda line: self.say(f"{what}: {line}")
+
     def models(self) -> Models:
         """The models behind the arms."""
         return Models(self.original, self.converted, device=self.device, dtype=self.dtype)
@@ -145,7 +149,7 @@ def run_perplexity(ctx: EvalContext, stage: PerplexityStage) -> dict[str, Any]:
                 folders[run.label],
                 rank=ctx.rank,
                 world_size=ctx.world_size,
-                progress=lambda line, run=run: ctx.say(f"perplexity {run.label}: {line}"),
+                progress=ctx.teller(f"perplexity {run.label}"),
             )
     models.release()
 
@@ -266,7 +270,7 @@ def _predict(
                 folders[run.label],
                 rank=ctx.rank,
                 world_size=ctx.world_size,
-                progress=lambda line, run=run: ctx.say(f"ruler {run.label}: {line}"),
+                progress=ctx.teller(f"ruler {run.label}"),
             )
     return folders
 
@@ -322,8 +326,9 @@ def _heldout(ctx: EvalContext, count: int) -> list[Any]:
     data = ctx.recipe.data
     if not data.heldout:
         raise ValueError("data.heldout is empty: name texts that the training sources do not hold")
+    sources: Any = data.heldout
     return heldout_rows(
-        data.heldout, ctx.tokenizer(), row_len=data.row_len, count=count, cache_dir=data.cache_dir
+        sources, ctx.tokenizer(), row_len=data.row_len, count=count, cache_dir=data.cache_dir
     )
 
 

@@ -206,6 +206,23 @@ def test_reader_never_touches_another_rank_s_file(tmp_path):
     assert other.read_bytes().endswith(b'{"id": "c"')
 
 
+def test_a_kill_at_any_byte_costs_at_most_the_last_record(tmp_path):
+    path = tmp_path / "rank-0-of-1.jsonl"
+    records = [{"id": str(place), "text": "é\u2028" * place} for place in range(4)]
+    with Journal(path) as journal:
+        for record in records:
+            journal.append(record)
+    content = path.read_bytes()
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        whole = content[:cut].count(b"\n")
+        with Journal(path) as journal:
+            assert journal.records == records[:whole]
+            for record in records[whole:]:
+                journal.append(record)
+        assert path.read_bytes() == content
+
+
 def test_line_separators_inside_text_stay_one_record(tmp_path):
     text = "a\u2028b\x85c\rd\ne"
     with Journal(tmp_path / "rank-0-of-1.jsonl") as journal:

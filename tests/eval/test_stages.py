@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +244,7 @@ def test_other_weights_have_another_fingerprint(home, tmp_path, tiny_model):
         ("ruler", {"lengths": [4096]}, "above the model's window of 2048"),
         ("ruler", {"top_k": [1]}, r"stages\.2\.top_k=1 leaves nothing to choose"),
         ("perplexity", {"top_k": [1, 8]}, r"use at least 2"),
+        ("perplexity", {"arms": []}, "`arms` is empty"),
     ],
 )
 def test_bad_stage_is_refused_before_a_model_is_loaded(context, monkeypatch, kind, change, words):
@@ -260,6 +265,37 @@ def test_evaluation_alone_measures_and_reports_a_foreign_checkpoint(home, tmp_pa
     for name in ("report.html", "report.md", "results.csv", "recipe.json", "environment.json"):
         assert (output / name).is_file(), name
     assert "Reading 4 of 8 blocks" in (output / "report.md").read_text(encoding="utf-8")
+
+
+def test_two_processes_share_the_work_and_agree_with_one(home, tmp_path):
+    """The ranks are started as the launcher does, by environment; RULER is left out (network)."""
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    recipe = home / "without-ruler.yaml"
+    lines = (home / "recipe.yaml").read_text(encoding="utf-8").splitlines()
+    recipe.write_text("\n".join(line for line in lines if "ruler" not in line), encoding="utf-8")
+    given = [str(recipe), "--checkpoint", str(home / "converted"), "--output"]
+    command = [sys.executable, "-m", "dense2sparse.eval.run", *given, str(both)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(command, env={**meeting, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    try:
+        assert run.main([*given, str(alone)]) == 0
+        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert len(list(both.glob("eval/perplexity/*/*/rank-1-of-2.jsonl"))) == 6
+    results = [
+        json.loads((folder / "eval/perplexity/stage-1.json").read_text(encoding="utf-8"))["arms"]
+        for folder in (both, alone)
+    ]
+    for label, arm in results[0].items():
+        assert arm["row_losses"] == pytest.approx(results[1][label]["row_losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
