@@ -66,7 +66,12 @@ explain_pip() {
 install_torch() {
     local log=$1 pin="torch==$TORCH_VERSION"
     local pip=(.venv/bin/python -m pip install --quiet "numpy==$NUMPY_VERSION")
-    if ! has_gpu; then
+    if has_gpu; then
+        # pip takes a CPU build from before the GPU was there for this very version.
+        if .venv/bin/python -m pip freeze | grep "^$pin+cpu" >/dev/null; then
+            quietly "$log" .venv/bin/python -m pip uninstall --yes torch
+        fi
+    else
         quietly "$log" "${pip[@]}" "$pin+cpu" && return
         quietly "$log" "${pip[@]}" --retries 1 --timeout 20 "$pin" --index-url "$TORCH_CPU_INDEX" && return
         say "      no CPU build found; taking the build on the package index, which may be large"

@@ -48,6 +48,7 @@ def run_group(
     environ: Mapping[str, str],
     *,
     worker_module: str,
+    on_start: Callable[[int], object] | None = None,
     on_stop: Callable[[], object] | None = None,
     orphan_grace_s: float = ORPHAN_GRACE_S,
 ) -> Ending:
@@ -60,6 +61,7 @@ def run_group(
         command: the launcher and its arguments.
         environ: its whole environment.
         worker_module: workers are the processes started with `-m` and this name.
+        on_start: told the number of the process group.
         on_stop: used for the first request instead of signals, where workers are on other machines.
         orphan_grace_s: how long workers may go on saving after their launcher has died.
 
@@ -74,6 +76,8 @@ def run_group(
     before = {number: signal.signal(number, note_request) for number in STOP_SIGNALS}
     try:
         launcher = subprocess.Popen(command, env=dict(environ), start_new_session=True)
+        if on_start is not None:
+            on_start(launcher.pid)
         return _watch(launcher, requests, worker_module, on_stop, orphan_grace_s)
     finally:
         for number, handler in before.items():
@@ -96,6 +100,11 @@ def group_members(group: int) -> list[Process]:
             continue  # it ended while we looked
         members.append(Process(int(folder.name), arguments))
     return members
+
+
+def group_workers(group: int, module: str) -> list[int]:
+    """Process ids of a group's workers: what python was started with `-m module` for."""
+    return [member.pid for member in group_members(group) if _runs_module(member.arguments, module)]
 
 
 def _watch(

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..recipes.load import fingerprint
 from ..recipes.schema import Recipe
 from .devices import num_cores, visible_gpus
 from .forward_env import private_env_file
-from .processes import Ending, run_group
+from .processes import Ending, group_workers, run_group
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_RECIPE, EXIT_STOPPED = 0, 1, 2, 75
 # What the launcher returns when a rank died of SIGTERM before it could listen: nothing was lost.
@@ -83,7 +83,7 @@ def run(
     environ = child_environment(os.environ, gpus, ranks=cluster.ranks)
     if gpus and not cluster.hostfile:
         environ.pop("CUDA_VISIBLE_DEVICES", None)  # said by number on the command line instead
-    with _lock(folder, cluster.node_rank or 0):
+    with _lock(folder, cluster.node_rank or 0, module) as note_group:
         (folder / "STOP").unlink(missing_ok=True)  # asked of an earlier start
         files = private_env_file(environ, _bin_folder()) if over_ssh else nullcontext()
         with files as env_file:
@@ -91,7 +91,9 @@ def run(
                 environ["DS_ENV_FILE"] = str(env_file)
             # Ranks on other machines are out of reach of signals; they look for this file.
             on_stop = (lambda: ask_to_stop(recipe)) if over_ssh else None
-            ending = run_group(command, environ, worker_module=module, on_stop=on_stop)
+            ending = run_group(
+                command, environ, worker_module=module, on_start=note_group, on_stop=on_stop
+            )
     return verdict(folder, wanted, ending, wait_s=MARK_WAIT_S if cluster.hostfile else 0)
 
 
@@ -296,11 +298,17 @@ def _for_remote_shell(argument: str) -> str:
 
 
 @contextmanager
-def _lock(folder: Path, node_rank: int) -> Iterator[None]:
-    """Keep a second launch of the same run out; the lock ends with this process."""
+def _lock(folder: Path, node_rank: int, module: str) -> Iterator[Callable[[int], None]]:
+    """Keep a second launch of the same run out; the lock ends with this process.
+
+    Its file holds the process group, since after a kill -9 of this process the ranks live on.
+
+    Yields:
+        A function that notes the process group.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f".launch-{node_rank}.lock").open("w")
+        file = (folder / f".launch-{node_rank}.lock").open("a+")
     except OSError as error:
         raise LaunchError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
     with file:
@@ -310,7 +318,22 @@ def _lock(folder: Path, node_rank: int) -> Iterator[None]:
             raise LaunchError(
                 f"{folder}: this run is already going on; wait, or change `name`"
             ) from None
-        yield
+        file.seek(0)
+        host, _, group = file.read().partition(" ")
+        left = group_workers(int(group), module) if group and host == socket.gethostname() else []
+        if left:
+            pids = " ".join(str(pid) for pid in left)
+            raise LaunchError(
+                f"{folder}: ranks of an earlier start are still at work; `kill {pids}` lets them save "
+                "and end"
+            )
+
+        def note_group(number: int) -> None:
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} {number}")
+            file.flush()
+
+        yield note_group
 
 
 def own_gpus() -> list[int]:

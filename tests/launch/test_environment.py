@@ -98,11 +98,14 @@ def test_interrupted_installation_is_repeated(clone: Clone) -> None:
     assert clone.prepare() == (0, "")
 
 
-def test_with_a_gpu_the_cpu_build_is_not_asked_for(clone: Clone) -> None:
+def test_with_a_gpu_the_cpu_build_is_replaced(clone: Clone) -> None:
     clone.program("nvidia-smi", "exit 0")
+    clone.program("pip-answer", '[[ "$*" == *freeze* ]] && grep -o 'TORCH_VERSION=.*' launch/_environment.sh | sed 's/.*=/torch==/; s/$/+cpu/;q'; exit 0')
     code, output = clone.prepare()
     assert (code, "for the GPU" in output) == (0, True)
-    assert "+cpu" not in clone.pip_calls()[0] and "torch==" in clone.pip_calls()[0]
+    _, uninstall, install = clone.pip_calls()[:3]
+    assert uninstall.endswith("uninstall --yes torch")
+    assert "+cpu" not in install and "torch==" in install
 
 
 def test_missing_cpu_build_falls_back_aloud(clone: Clone) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 from toy_cluster import ToyCluster, is_alive, parent
@@ -59,6 +60,19 @@ def test_workers_whose_launcher_was_killed_save_and_do_not_live_on(cluster: ToyC
     assert code == 1, output  # although `deepspeed` itself says 0
     assert (cluster.run_folder / "saved-0").exists() and (cluster.run_folder / "saved-1").exists()
     assert not any(is_alive(rank["pid"]) for rank in ranks)
+
+
+def test_ranks_that_outlived_a_killed_command_keep_the_next_one_out(cluster: ToyCluster) -> None:
+    run = cluster.start("dense2sparse", "run", "toy.yaml", "wandb.group=wait")
+    (rank,) = cluster.started(1)
+    run.kill()
+    code, output = cluster.run("wandb.group=wait")
+    assert (code, f"`kill {rank['pid']}`" in output) == (2, True), output
+    os.kill(rank["pid"], signal.SIGTERM)
+    cluster.wait_for(cluster.run_folder / "saved-0")
+    while is_alive(rank["pid"]):
+        time.sleep(0.05)
+    assert cluster.run("wandb.group=mark_then_crash")[0] == 0
 
 
 def test_second_launch_of_a_run_that_goes_on_is_refused(cluster: ToyCluster) -> None:
