@@ -100,7 +100,8 @@ def test_interrupted_installation_is_repeated(clone: Clone) -> None:
 
 def test_with_a_gpu_the_cpu_build_is_replaced(clone: Clone) -> None:
     clone.program("nvidia-smi", "exit 0")
-    clone.program("pip-answer", '[[ "$*" == *freeze* ]] && grep -o 'TORCH_VERSION=.*' launch/_environment.sh | sed 's/.*=/torch==/; s/$/+cpu/;q'; exit 0')
+    answer = '[[ "$*" == *freeze* ]] && echo "torch==$TORCH_VERSION+cpu"; exit 0'
+    clone.program("pip-answer", f"source launch/_environment.sh; {answer}")
     code, output = clone.prepare()
     assert (code, "for the GPU" in output) == (0, True)
     _, uninstall, install = clone.pip_calls()[:3]
