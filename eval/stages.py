@@ -27,7 +27,7 @@ from ..recipes.schema import (
 )
 from . import perplexity, score
 from . import probe as probing
-from .arms import ArmRun, Models, arm_runs, checkpoint_fingerprint
+from .arms import ArmRun, Models, arm_runs
 from .generate import predict
 from .prepare import Prompts, load, prepare
 from .records import read_journals, write_json
@@ -356,7 +356,7 @@ def _window(ctx: EvalContext) -> int | None:
 
 def _keyed(models: Models, run: ArmRun, digest: str) -> str:
     """Folder of one arm's records for one set of prompts or rows and one checkpoint."""
-    return f"{digest[:12]}/{run.label}-{checkpoint_fingerprint(models.path(run))[:12]}"
+    return f"{digest[:12]}/{run.label}-{models.fingerprint(run)[:12]}"
 
 
 def _trained_before(recipe: Recipe, number: int) -> list[str]:

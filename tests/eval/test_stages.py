@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dense2sparse.data.loader import heldout_rows
 from dense2sparse.eval import arms, perplexity, run, stages
@@ -235,6 +236,31 @@ def test_other_weights_have_another_fingerprint(home, tmp_path, tiny_model):
         tiny_model.save_pretrained(tmp_path / "moved")
         tiny_model.model.norm.weight.sub_(0.5)
     assert arms.checkpoint_fingerprint(tmp_path / "moved") != before
+
+
+def test_one_small_tensor_that_moved_gives_another_fingerprint(tmp_path):
+    """As after a frozen warm-up: the index branch is a few per cent of a large file."""
+    tensors = {f"part.{place:02d}": torch.zeros(200_000) for place in range(20)}
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    seen = set()
+    for place in (None, 0, 7, 19):
+        small = {f"index.{number:02d}": torch.zeros(500) for number in range(20)}
+        if place is not None:
+            small[f"index.{place:02d}"] += 1e-3
+        save_file({**tensors, **small}, tmp_path / "model.safetensors")
+        seen.add(arms.checkpoint_fingerprint(tmp_path))
+    assert len(seen) == 4
+
+
+def test_folder_without_weights_has_no_fingerprint(tmp_path):
+    with pytest.raises(ValueError, match="holds no"):
+        arms.checkpoint_fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["run", "report"])
+def test_recipes_and_reports_are_read_without_torch(module):
+    check = f"import sys, dense2sparse.eval.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
