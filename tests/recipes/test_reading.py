@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense2sparse.recipes.deepspeed_keys import DeepspeedSection, ZeroOptimization
@@ -62,11 +63,40 @@ PLAIN = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(PLAIN)
 def test_dumped_values_are_read_back(value: object) -> None:
     assert parse(dump(value)) == value
 
 
+def places(tree: object, prefix: str = "") -> list[str]:
+    """Every dotted path of a recipe."""
+    children = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
+    found = [prefix] if prefix else []
+    for key, child in children:
+        found += places(child, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+@settings(deadline=None)
+@given(st.sampled_from(places(resolved(load(QUICKSTART)))), st.sampled_from(["", ".x"]), PLAIN)
+def test_any_value_anywhere_is_taken_or_refused_in_one_sentence(
+    place: str, below: str, value: object
+) -> None:
+    override = f"{place}{below}={json.dumps(value)}"
+    try:
+        fingerprint(load(QUICKSTART, [override]))
+    except RecipeError as error:
+        assert "\n" not in str(error)
+
+
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_text_makes_the_parser_crash(text: str) -> None:
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,12 +57,11 @@ def test_loading_is_quick_and_needs_no_torch() -> None:
         f"load({str(RECIPES[1])!r}); "
         "sys.exit(str({'torch', 'numpy', 'transformers'} & set(sys.modules) or 0) != '0')"
     )
-    seconds = []
-    for _ in range(3):
-        begin = time.monotonic()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        seconds.append(time.monotonic() - begin)
-    assert min(seconds) < 0.5
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: the machine may be busy with other tests.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_every_key_is_explained_where_it_is_declared() -> None:
