@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..recipes.load import fingerprint
 from .metrics import Metrics
 from .stopping import StopRequests
 
@@ -31,6 +32,10 @@ class RunContext:
     metrics: Metrics | None
     """Rank 0 only."""
     wandb_id: str
+
+    def fingerprint_of(self, index: int) -> str:
+        """Checksum of the recipe up to and with one stage: what that stage's results depend on."""
+        return fingerprint(self.recipe, index + 1)
 
     def say(self, text: str) -> None:
         """Print one line on rank 0."""

@@ -65,7 +65,7 @@ def run_evaluation_stage(
             "kind": stage.kind,
             "seconds_since_start_or_resume": round(time.monotonic() - begun, 1),
             "summary": summary,
-            "fingerprint": context.fingerprint,
+            "fingerprint": context.fingerprint_of(index),
             "commit": context.commit,
         }
         write_json(context.stage_dir(index) / "done.json", done)

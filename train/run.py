@@ -159,8 +159,8 @@ def open_run(recipe: Any, run_dir: Path) -> RunContext:
             print("removed a STOP file from before this start", flush=True)
         known = read_json(run_dir / RUN_FILE)
         wandb_id = known["wandb_id"] if known else os.urandom(4).hex()
-        if known is None:
-            write_json(run_dir / "recipe.json", resolved(recipe))
+        # The recipe goes first: a fingerprint must never stand beside an older recipe.
+        write_json(run_dir / "recipe.json", resolved(recipe))
         identity = {"fingerprint": mark, "world_size": world_size, "wandb_id": wandb_id}
         write_json(run_dir / RUN_FILE, identity)
         write_environment(run_dir / "environment.json", world_size=world_size, commit=commit)

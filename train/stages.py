@@ -123,7 +123,7 @@ def run_training_stage(
             "tokens": position.tokens,
             "seconds_since_start_or_resume": round(time.monotonic() - begun, 1),
             "world_size": context.world_size,
-            "fingerprint": context.fingerprint,
+            "fingerprint": context.fingerprint_of(index),
             "commit": context.commit,
         }
         if context.rank == 0:
@@ -184,7 +184,7 @@ def _save(
         "step": position.global_step,
         "tokens": position.tokens,
         "world_size": context.world_size,
-        "fingerprint": context.fingerprint,
+        "fingerprint": context.fingerprint_of(index),
         "commit": context.commit,
         "wandb_id": context.wandb_id,
     }
@@ -209,7 +209,7 @@ def _resume(
     found = checkpoint.newest(root, stage_index=index, warn=warn if context.rank == 0 else None)
     if found is not None:
         checkpoint.check_same_run(
-            found.state, fingerprint=context.fingerprint, world_size=context.world_size
+            found.state, fingerprint=context.fingerprint_of(index), world_size=context.world_size
         )
         mine = checkpoint.load(engine, found)
         loader.load_state_dict(mine["loader"])

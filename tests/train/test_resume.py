@@ -9,12 +9,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from dense2sparse.data.loader import heldout_rows
+from dense2sparse.model import convert
+from dense2sparse.model.attention import AttentionCall
+
+SOURCE = {"name": "heldout", "kind": "text", "weight": 1.0, "works": None}
 NUM_STEPS = {0: [1, 2, 3, 4, 5], 1: [6, 7, 8, 9, 10, 11, 12]}
 
 
@@ -69,6 +79,61 @@ def test_an_undisturbed_run_records_every_step_once(undisturbed):
     assert not checkpoints(folder)
 
 
+def test_exported_weights_are_those_that_were_measured_last(undisturbed, tiny_inputs):
+    """The export's held-out loss is the last one the engine measured on its own weights."""
+    folder, _ = undisturbed
+    source = [SimpleNamespace(**SOURCE, path=str(tiny_inputs / "heldout.txt"))]
+    for label, mode in (("0-warmup", "warmup"), ("1-sparse", "sparse")):
+        place = folder / "stages" / label / "hf"
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        (row,) = heldout_rows(
+            source, tokenizer, row_len=128, count=1, cache_dir=tiny_inputs / "cache"
+        )
+        call = AttentionCall(mode, document_ids=row.document_ids)
+        with torch.no_grad():
+            logits = convert.load(place)(
+                input_ids=row.input_ids, position_ids=row.position_ids, msa_call=call
+            ).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), row.targets.flatten())
+        recorded = [
+            r["heldout/loss_lm"]
+            for r in curves(folder)
+            if r.get("stage") == label and "heldout/loss_lm" in r
+        ]
+        assert float(loss) == pytest.approx(recorded[-1], rel=1e-5)
+
+
+def test_each_stage_starts_from_the_export_of_the_one_before(undisturbed):
+    folder, _ = undisturbed
+    start, warm, sparse = (
+        load_file(folder / place / "hf" / "model.safetensors")
+        for place in ("start", "stages/0-warmup", "stages/1-sparse")
+    )
+    for name, value in start.items():
+        if convert.is_index_name(name):
+            assert not torch.equal(value, warm[name])
+        else:
+            assert torch.equal(value, warm[name])
+        assert not torch.equal(warm[name], sparse[name])
+        assert sparse[name].dtype == torch.float32
+
+
+def test_later_stages_may_change_and_finished_ones_are_not_repeated(
+    nursery, make_recipe, undisturbed, tmp_path
+):
+    copy = tmp_path / "runs" / "tiny"
+    shutil.copytree(undisturbed[0], copy)
+    recipe, output = make_recipe(tmp_path), tmp_path / "output.txt"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("train: {", "  - {kind: longbench}\ntrain: {"))
+    times = {p: p.stat().st_mtime_ns for p in copy.glob("stages/*/hf/*")}
+    nursery.run(recipe, output=output)
+    assert {p: p.stat().st_mtime_ns for p in copy.glob("stages/*/hf/*")} == times
+    stages = json.loads((copy / "finished.json").read_text())["stages"]
+    assert stages == ["0-warmup", "1-sparse", "2-longbench"]
+    assert json.loads((copy / "stages" / "2-longbench" / "done.json").read_text())["summary"]
+
+
 def test_killed_ten_times_it_ends_in_the_same_weights(nursery, make_recipe, undisturbed, tmp_path):
     """Seven kills at random moments, three in the middle of a save."""
     expected, seconds = undisturbed
@@ -97,9 +162,11 @@ def test_killed_ten_times_it_ends_in_the_same_weights(nursery, make_recipe, undi
         assert curves(ended) == curves(expected)
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-def test_two_ranks_asked_to_stop_save_and_resume_to_the_bit(nursery, make_recipe, tmp_path, zero):
-    override = [f"deepspeed.zero_optimization.stage={zero}"]
+@pytest.mark.parametrize(("zero", "precision"), [(2, "fp32"), (3, "fp32"), (1, "bf16")])
+def test_two_ranks_asked_to_stop_save_and_resume_to_the_bit(
+    nursery, make_recipe, tmp_path, zero, precision
+):
+    override = [f"deepspeed.zero_optimization.stage={zero}", f"train.precision={precision}"]
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
     whole, stopped = make_recipe(tmp_path / "whole"), make_recipe(tmp_path / "stopped")
