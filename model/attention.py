@@ -80,7 +80,7 @@ class _CarryKL(torch.autograd.Function):
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -156,7 +156,7 @@ class _SparseLayer:
                 document_ids=self.documents,
             )
         report = call.reports.setdefault(self.layer, LayerReport())
-        common = {"scale": self.scale, "document_ids": self.documents}
+        common: dict[str, Any] = {"scale": self.scale, "document_ids": self.documents}
         if call.mode in ("dense", "warmup"):
             out, lse = ops.dense_attention(q, k, v, **common, query_offset=self.offset)
             support: dict[str, Any] = {}
@@ -176,7 +176,7 @@ class _SparseLayer:
         return out
 
     @property
-    def _budget(self) -> dict[str, int]:
+    def _budget(self) -> dict[str, Any]:
         geometry = self.geometry
         return {
             "block_size": geometry.block_size,
@@ -186,7 +186,7 @@ class _SparseLayer:
         }
 
     def _select(self, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> Tensor:
-        where = {"document_ids": self.documents, "query_offset": self.offset}
+        where: dict[str, Any] = {"document_ids": self.documents, "query_offset": self.offset}
         if self.call.mode == "oracle":
             return ops.select_by_mass(q, k, **self._budget, **where, scale=self.scale)
         return ops.select_blocks(index_q, index_k, **self._budget, **where)
@@ -223,18 +223,12 @@ def document_mask(
     first real token (trap 4). Layers with a sliding window get the mask of transformers' own SDPA path.
     """
     if local_size is not None:
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            **({} if mask_function is None else {"mask_function": mask_function}),
-            attention_mask=attention_mask,
-            local_size=local_size,
-            device=device,
-            **kwargs,
-        )
+        if mask_function is not None:
+            kwargs["mask_function"] = mask_function
+        if device is not None:
+            kwargs["device"] = device
+        kwargs.update(attention_mask=attention_mask, local_size=local_size)
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
     starts = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
     if attention_mask is not None:
         padding = attention_mask[:, -kv_length:].to(device=device, dtype=torch.bool)
@@ -257,7 +251,7 @@ def register() -> None:
 @contextmanager
 def attention_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> Iterator[None]:
     """Default mode of forward passes without `msa_call`, such as those of `generate`."""
-    layers = [module for module in model.modules() if hasattr(module, "msa_mode")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "msa_mode")]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse layer: convert or load it first")
     before = [(layer.msa_mode, layer.msa_top_k) for layer in layers]

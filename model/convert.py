@@ -177,6 +177,7 @@ def load_dense(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(

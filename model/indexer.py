@@ -47,6 +47,10 @@ class IndexedAttention:
     msa_top_k: int | None
     layer_idx: int
     head_dim: int
+    index_q_proj: nn.Linear
+    index_k_proj: nn.Linear
+    index_q_norm: IndexNorm
+    index_k_norm: IndexNorm
 
     def forward(
         self,
@@ -112,10 +116,10 @@ def family_class(attention_class: type) -> type:
     return own[0]
 
 
-def graft(attention: nn.Module, geometry: Geometry) -> None:
+def graft(attention: Any, geometry: Geometry) -> None:
     """Turn a family's attention module into one with an index branch; weights are zero."""
     weight = next(attention.parameters())
-    hidden_size = attention.config.hidden_size  # type: ignore[union-attr]
+    hidden_size = attention.config.hidden_size
     factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     width = geometry.index_dim
     for name, heads in (("index_q_proj", geometry.num_index_heads), ("index_k_proj", 1)):
@@ -129,9 +133,9 @@ def graft(attention: nn.Module, geometry: Geometry) -> None:
     base = type(attention)
     attention.__class__ = type(f"Indexed{base.__name__}", (IndexedAttention, base), {})
     layer = attention.layer_idx
-    attention.msa_geometry = geometry  # type: ignore[assignment]
-    attention.msa_rotary = layer in geometry.rotary_layers  # type: ignore[assignment]
-    attention.msa_mode, attention.msa_top_k = "sparse", None  # type: ignore[assignment]
+    attention.msa_geometry = geometry
+    attention.msa_rotary = layer in geometry.rotary_layers
+    attention.msa_mode, attention.msa_top_k = "sparse", None
 
 
 def indexed_layer(cache: Cache, layer: int) -> DynamicIndexedLayer:
@@ -142,7 +146,7 @@ def indexed_layer(cache: Cache, layer: int) -> DynamicIndexedLayer:
     """
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicIndexedLayer())
-    found = cache.layers[layer]
+    found: Any = cache.layers[layer]
     if isinstance(found, DynamicIndexedLayer):
         return found
     if type(found).__name__ != "DynamicLayer" or found.is_initialized:
@@ -150,5 +154,6 @@ def indexed_layer(cache: Cache, layer: int) -> DynamicIndexedLayer:
             f"layer {layer} of the cache is a {type(found).__name__} without index keys: pass an empty "
             "DynamicCache, or none at all"
         )
-    cache.layers[layer] = DynamicIndexedLayer()
-    return cache.layers[layer]
+    empty = DynamicIndexedLayer()
+    cache.layers[layer] = empty
+    return empty
