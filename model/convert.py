@@ -172,7 +172,7 @@ def load_dense(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True
         )
     finally:
