@@ -53,7 +53,9 @@ def span(interval: dict[str, Any], digits: int = 2) -> str:
 
 
 def when(result: dict[str, Any]) -> str:
-    """Which training stages had been run before a measurement."""
+    """Which training stages had been run before a measurement, or which checkpoint it was."""
+    if result.get("state"):
+        return str(result["state"])
     trained = result.get("after") or []
     return "after " + ", ".join(trained) if trained else "before training"
 
@@ -70,6 +72,8 @@ def perplexity_section(run: RunFiles) -> Section:
             f"below each the change against {LETTERS[base][0]}"
         )
         section.blocks.append(_perplexity_table(arms, base, caption))
+        if result is not run.last("perplexity"):
+            continue
         costs = [
             _Cost(pair["meaning"], _budget(pair["second"]), pair["change_pct"])
             for pair in result["comparisons"]
@@ -91,9 +95,11 @@ def ruler_section(run: RunFiles) -> Section:
             table = _ruler_table(result, length)
             if table is not None:
                 section.blocks.append(table)
-            section.blocks.extend(_ruler_costs(result, int(length)))
-        section.blocks.extend(_ruler_notes(result))
-        section.blocks.extend(_flips(result))
+            if result is run.last("ruler"):
+                section.blocks.extend(_ruler_costs(result, int(length)))
+        if result is run.last("ruler"):
+            section.blocks.extend(_ruler_notes(result))
+            section.blocks.extend(_flips(result))
     return section
 
 

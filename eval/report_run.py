@@ -76,7 +76,8 @@ def verdict(run: RunFiles) -> list[str]:
         return [
             f"Read with {top_k}{blocks} blocks: measured, but without a pair of arms to compare."
         ]
-    lines = [f"Reading {top_k}{blocks} blocks, " + ", and ".join(parts) + "."]
+    said = ", ".join(parts[:-1]) + (", and " if parts[1:] else "") + parts[-1]
+    lines = [f"Reading {top_k}{blocks} blocks, {said}."]
     source = _decomposition(perplexity, top_k)
     return [*lines, source] if source else lines
 
@@ -262,6 +263,12 @@ def _checksums(run: RunFiles) -> list[list[Cell | str]]:
     found += [
         (f"held-out rows, stage {one['stage']}", one["rows_digest"])
         for one in run.results["perplexity"]
+    ]
+    found += [
+        (f"checkpoint measured in stage {one['stage']}", one["checkpoint"])
+        for results in run.results.values()
+        for one in results
+        if "checkpoint" in one
     ]
     return [[name, digest[:16]] for name, digest in found]
 

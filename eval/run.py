@@ -1,8 +1,12 @@
 """The evaluation stages of a recipe alone, on any converted checkpoint.
 
-    python -m dense2sparse.eval.run RECIPE [a.b=c ...]                       the run's newest checkpoint
+    python -m dense2sparse.eval.run RECIPE [a.b=c ...]
     python -m dense2sparse.eval.run RECIPE --checkpoint FOLDER [--output FOLDER]
-    deepspeed --module dense2sparse.eval.run RECIPE                          prompts shared between ranks
+    deepspeed --module dense2sparse.eval.run RECIPE            prompts are shared between the ranks
+
+Without `--checkpoint` the run's newest checkpoint is measured by the stages that stand right behind it in
+the recipe, and results go to the run's folder. With it, every evaluation stage measures that checkpoint,
+and results go to a folder of their own.
 
 The recipe is checked before torch is imported. Exit codes: 0 done, 2 a mistake of the user.
 """
@@ -23,6 +27,8 @@ from ..recipes.load import load, resolved
 if TYPE_CHECKING:
     from .stages import EvalContext
 
+EVALUATIONS = ("probe", "perplexity", "ruler", "longbench")
+TRAININGS = ("warmup", "sparse")
 _BAD_INPUT = 2
 _LONGEST_WAIT = timedelta(hours=12)
 """How long ranks that are done wait for the slowest; an evaluation has no collective in between."""
@@ -34,8 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         recipe = load(options.recipe, options.overrides)
-        context = _context(recipe, options, rank)
-        run_stages(context)
+        if options.checkpoint:
+            converted, trained = options.checkpoint.resolve(), None
+        else:
+            run_dir = Path(recipe.output_dir).resolve() / recipe.name
+            converted, trained = newest_checkpoint(run_dir)
+        numbers = stages_to_run(recipe, trained)
+        run_stages(_context(recipe, options, converted, rank), numbers)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -43,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_stages(context: EvalContext) -> None:
-    """Every evaluation stage of the recipe in order, then the report."""
+def run_stages(context: EvalContext, numbers: Sequence[int]) -> None:
+    """The evaluation stages with these places in the recipe, then the report."""
     from . import stages
 
     runners: dict[str, Callable[[EvalContext, Any], dict[str, Any]]] = {
@@ -53,19 +64,41 @@ def run_stages(context: EvalContext) -> None:
         "ruler": stages.run_ruler,
         "longbench": stages.run_longbench,
     }
-    chosen = [stage for stage in context.recipe.stages if stage.kind in runners]
-    if not chosen:
-        raise ValueError(
-            f"the recipe has no evaluation stage: add one of {', '.join(runners)} under stages"
-        )
-    for stage in chosen:
-        context.say(f"{stage.kind} begins")
+    for number in numbers:
+        stage = context.recipe.stages[number]
+        context.say(f"{number}-{stage.kind} begins")
         runners[stage.kind](context, stage)
     stages.write_the_report(context)
 
 
-def newest_checkpoint(run_dir: Path) -> Path:
-    """The converted folder that the run's training has reached.
+def stages_to_run(recipe: Any, trained: int | None) -> list[int]:
+    """Places of the evaluation stages to run.
+
+    Args:
+        trained: place of the training stage that made the checkpoint (-1: the start, before all of them);
+            the stages between it and the next training stage are chosen. None: all of them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chosen = []
+    begin = 0 if trained is None else trained + 1
+    for number, stage in list(enumerate(recipe.stages))[begin:]:
+        if stage.kind in EVALUATIONS:
+            chosen.append(number)
+        elif stage.kind in TRAININGS and trained is not None:
+            break
+    if not chosen:
+        where = "" if trained is None else " behind the newest checkpoint"
+        raise ValueError(
+            f"the recipe has no evaluation stage{where}: add one of {', '.join(EVALUATIONS)} to it, "
+            "or name a folder with --checkpoint"
+        )
+    return chosen
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, int]:
+    """The converted folder that the run's training has reached, and its stage's place (-1: the start).
 
     Raises:
         ValueError: the run has none yet.
@@ -76,18 +109,17 @@ def newest_checkpoint(run_dir: Path) -> Path:
         if path.parent.name.split("-")[0].isdigit() and (path.parent / "done.json").is_file()
     }
     if found:
-        return found[max(found)]
+        return found[max(found)], max(found)
     start = run_dir / "start" / "hf"
     if start.is_dir():
-        return start
+        return start, -1
     raise ValueError(
         f"{run_dir} has no converted checkpoint: run the recipe first, or name a folder with --checkpoint"
     )
 
 
-def _context(recipe: Any, options: argparse.Namespace, rank: int) -> EvalContext:
+def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: int) -> EvalContext:
     run_dir = Path(recipe.output_dir).resolve() / recipe.name
-    converted = options.checkpoint.resolve() if options.checkpoint else newest_checkpoint(run_dir)
     if not (converted / "config.json").is_file():
         raise ValueError(
             f"--checkpoint {converted} holds no config.json: give a converted model's folder"
@@ -121,9 +153,9 @@ def _context(recipe: Any, options: argparse.Namespace, rank: int) -> EvalContext
         device=device,
         dtype=torch.float32 if precise else torch.bfloat16,
         barrier=barrier,
-        log=lambda values: (
-            None
-        ),  # every number is in the stages' results; there is no wandb run here
+        # Every number is in the stages' results; there is no wandb run here.
+        log=lambda values: None,
+        state=f"checkpoint {options.checkpoint.name}" if options.checkpoint else None,
     )
 
 
@@ -189,7 +221,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", type=Path, help="converted folder; default the run's newest"
     )
-    parser.add_argument("--output", type=Path, help="where results go; default the run's folder")
+    parser.add_argument("--output", type=Path, help="where results go")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
     return parser.parse_intermixed_args(arguments)
 

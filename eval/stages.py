@@ -27,7 +27,7 @@ from ..recipes.schema import (
 )
 from . import perplexity, score
 from . import probe as probing
-from .arms import ArmRun, Models, arm_runs
+from .arms import ArmRun, Models, arm_runs, checkpoint_fingerprint
 from .generate import predict
 from .prepare import Prompts, load, prepare
 from .records import read_journals, write_json
@@ -55,6 +55,8 @@ class EvalContext:
     barrier: Callable[[], None]
     log: Callable[[dict[str, float]], None]
     """Records metrics; called on rank 0 only."""
+    state: str | None = None
+    """What `converted` is, where it is not what the recipe's training stages have reached."""
 
     def number(self, stage: Any) -> int:
         """Place of a stage in the recipe, from 0; by identity, since two stages may be equal."""
@@ -90,7 +92,9 @@ class EvalContext:
         number = self.number(stage)
         path = self.folder(kind) / f"stage-{number}.json"
         if self.rank == 0:
-            head = {"kind": kind, "stage": number, "after": _trained_before(self.recipe, number)}
+            state = {"state": self.state, "after": _trained_before(self.recipe, number)}
+            checkpoint = checkpoint_fingerprint(self.converted)
+            head = {"kind": kind, "stage": number, **state, "checkpoint": checkpoint}
             write_json(path, {**head, **make()})
         self.barrier()
         return json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -290,7 +289,9 @@ def test_evaluation_alone_measures_and_reports_a_foreign_checkpoint(home, tmp_pa
     assert run.main([*arguments, "--output", str(output), "--local_rank=0"]) == 0
     for name in ("report.html", "report.md", "results.csv", "recipe.json", "environment.json"):
         assert (output / name).is_file(), name
-    assert "Reading 4 of 8 blocks" in (output / "report.md").read_text(encoding="utf-8")
+    page = (output / "report.md").read_text(encoding="utf-8")
+    assert "Reading 4 of 8 blocks" in page
+    assert "checkpoint converted; 3 held-out rows" in page and "before training" not in page
 
 
 def test_two_processes_share_the_work_and_agree_with_one(home, tmp_path):
@@ -343,10 +344,31 @@ def test_evaluation_alone_refuses_in_one_sentence(home, capsys, extra, words):
 def test_newest_checkpoint_is_the_last_finished_training_stage(tmp_path):
     for name in ("start/hf", "stages/1-warmup/hf", "stages/2-sparse/hf", "stages/10-sparse/hf"):
         (tmp_path / name).mkdir(parents=True)
-    assert run.newest_checkpoint(tmp_path) == tmp_path / "start/hf"
+    assert run.newest_checkpoint(tmp_path) == (tmp_path / "start/hf", -1)
     for name in ("1-warmup", "2-sparse"):
         (tmp_path / "stages" / name / "done.json").write_text("{}", encoding="utf-8")
-    assert run.newest_checkpoint(tmp_path) == Path(tmp_path, "stages/2-sparse/hf")
+    assert run.newest_checkpoint(tmp_path) == (tmp_path / "stages/2-sparse/hf", 2)
+
+
+def test_newest_checkpoint_is_measured_only_by_the_stages_behind_it():
+    kinds = [
+        "probe",
+        "perplexity",
+        "warmup",
+        "ruler",
+        "sparse",
+        "perplexity",
+        "longbench",
+        "report",
+    ]
+    recipe = SimpleNamespace(stages=[SimpleNamespace(kind=kind) for kind in kinds])
+    assert run.stages_to_run(recipe, -1) == [0, 1]
+    assert run.stages_to_run(recipe, 2) == [3]
+    assert run.stages_to_run(recipe, 4) == [5, 6]
+    assert run.stages_to_run(recipe, None) == [0, 1, 3, 5, 6]
+    recipe.stages = recipe.stages[:3]
+    with pytest.raises(ValueError, match="no evaluation stage behind the newest checkpoint"):
+        run.stages_to_run(recipe, 2)
 
 
 def test_heldout_rows_are_the_same_for_every_arm(home, context):
