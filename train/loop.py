@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..model.attention import AttentionCall
+from ..model.attention import AttentionCall, Mode
 from .engine import set_learning_rates
 from .flops import ModelCost, flops_per_token, peak_memory_gib
 from .gradients import branch_norms
@@ -86,7 +86,7 @@ class StageLoop:
 
     def __post_init__(self) -> None:
         self.frozen = self.stage.backbone_lr is None
-        self.mode = "warmup" if self.stage.kind == "warmup" else "sparse"
+        self.mode: Mode = "warmup" if self.stage.kind == "warmup" else "sparse"
         share = self.cost.num_sparse_layers if self.stage.kl_reduction == "mean" else 1
         self.kl_scale = self.stage.kl_weight / share
         per_rank = self.stage.micro_batch_size * self.stage.gradient_accumulation * self.row_len

@@ -43,7 +43,7 @@ class HeadRule:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def summed_lm_loss(hidden: Tensor, head: nn.Module, targets: Tensor, rule: HeadRule) -> Tensor:
+def summed_lm_loss(hidden: Tensor, head: Any, targets: Tensor, rule: HeadRule) -> Tensor:
     """Sum of the cross entropies of all target tokens, in float32.
 
     Args:
@@ -70,10 +70,13 @@ def summed_lm_loss(hidden: Tensor, head: nn.Module, targets: Tensor, rule: HeadR
 class Objective(nn.Module):
     """The model with its losses; `forward` returns what the engine differentiates."""
 
+    model: Any
+    """The language model, of any transformers family."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._rule = HeadRule(model.config.get_text_config())
+        self._rule = HeadRule(self.model.config.get_text_config())
 
     def forward(
         self,
@@ -117,18 +120,18 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: Any) -> None:
     """Compare the chunked head with the model's own logits once, on eight tokens.
 
     Raises:
         ValueError: for a family that treats its logits in a way `HeadRule` does not know.
     """
     config = model.config.get_text_config()
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = model.get_input_embeddings().weight.device
     tokens = torch.arange(1, 9, device=device).unsqueeze(0) % config.vocab_size
     wanted = model(input_ids=tokens, use_cache=False).logits.float()
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False)
+    head = model.get_output_embeddings()
     found = HeadRule(config)(head(hidden.last_hidden_state))
     if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
         raise ValueError(
