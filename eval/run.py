@@ -155,7 +155,7 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
         barrier=barrier,
         # Every number is in the stages' results; there is no wandb run here.
         log=lambda values: None,
-        state=f"checkpoint {options.checkpoint.name}" if options.checkpoint else None,
+        state="checkpoint " + "/".join(converted.parts[-2:]) if options.checkpoint else None,
     )
 
 

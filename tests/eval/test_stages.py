@@ -291,7 +291,7 @@ def test_evaluation_alone_measures_and_reports_a_foreign_checkpoint(home, tmp_pa
         assert (output / name).is_file(), name
     page = (output / "report.md").read_text(encoding="utf-8")
     assert "Reading 4 of 8 blocks" in page
-    assert "checkpoint converted; 3 held-out rows" in page and "before training" not in page
+    assert "/converted; 3 held-out rows" in page and "before training" not in page
 
 
 def test_two_processes_share_the_work_and_agree_with_one(home, tmp_path):
