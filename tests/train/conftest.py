@@ -59,9 +59,27 @@ def _cases() -> list[dict]:
             "heldout": 3,
         },
     ]
+    cases.append(
+        {
+            "name": "rarely-logged-z3",
+            "zero": 3,
+            "stage": {"kind": "warmup", "steps": 7},
+            "train": {"log_every": 3, "measure_every": 2},
+            "heldout": 1,
+        }
+    )
     for zero in (1, 2, 3):
         name = f"bf16-z{zero}"
         cases.append({"name": name, "zero": zero, "precision": "bf16", "stage": {"kind": "sparse"}})
+    for case in cases:
+        if case["zero"] == 3:
+            # Tiny weights would otherwise stay whole on every rank, and nothing would be gathered.
+            case["deepspeed"] = {
+                "zero_optimization": {
+                    "stage3_param_persistence_threshold": 0,
+                    "stage3_prefetch_bucket_size": 5000,
+                }
+            }
     return cases
 
 

@@ -53,6 +53,15 @@ def batches_of(tiny, case: dict, rank: int, world_size: int) -> list:
     return [tiny.join(mine[at : at + size]) for at in range(0, count, size)]
 
 
+def whole_parameters(engine, zero: int) -> dict[str, torch.Tensor]:
+    """Copies of the module's own parameters; ZeRO-3 gathers them first."""
+    import deepspeed
+
+    named = list(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=zero == 3):
+        return {name: p.detach().clone() for name, p in named}
+
+
 def run_case(tiny, folder: Path, case: dict, rank: int, world_size: int) -> None:
     """Train one case with the real loop."""
     stage = tiny.stage(**case["stage"])
@@ -98,7 +107,7 @@ def run_case(tiny, folder: Path, case: dict, rank: int, world_size: int) -> None
     )
     ended_by = loop.run(Position())
     after = {name: value.clone().cpu() for name, value in engines.masters(engine)}
-    live = {name: p.detach().clone() for name, p in engine.module.named_parameters() if p.numel()}
+    live = whole_parameters(engine, case["zero"])
     buffers = {n: b.clone() for n, b in engine.module.named_buffers() if b.is_floating_point()}
     if rank == 0:
         metrics.close()
