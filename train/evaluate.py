@@ -11,6 +11,7 @@ from ..eval import stages as evaluation
 from .context import RunContext
 from .files import write_json
 from .loop import Position
+from .metrics import truncate
 
 _RUNNERS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "probe": evaluation.run_probe,
@@ -34,6 +35,9 @@ def run_evaluation_stage(
     stage, label = context.recipe.stages[index], context.label(index)
     context.say(f"{label} begins")
     begun = time.monotonic()
+    if context.metrics is not None:  # what an interrupted start of this stage recorded
+        context.metrics.reopen()
+        truncate(context.metrics.path, stage_index=index, step=-1)
 
     def record(values: Mapping[str, float]) -> None:
         if context.metrics is not None:

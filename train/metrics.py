@@ -112,6 +112,14 @@ def truncate(path: Path, *, stage_index: int, step: int) -> None:
     os.replace(temporary, path)
 
 
+def _drop_torn_line(path: Path) -> None:
+    """Cut what a killed process left of its last line, so that the next record starts a new one."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
 class Metrics:
     """Writes each record to `metrics.jsonl` and to wandb; the same numbers in both."""
 
@@ -138,6 +146,7 @@ class Metrics:
         head = {"step": step, "tokens": tokens, "stage_index": stage_index, "stage": stage}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._file is None:
+            _drop_torn_line(self.path)
             self._file = self.path.open("a", encoding="utf-8")
         self._file.write(json.dumps({**head, **finite}) + "\n")
         self._file.flush()

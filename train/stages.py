@@ -8,6 +8,7 @@ Checkpoints of a finished stage are removed: its export replaces them.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
@@ -70,7 +71,10 @@ def run_training_stage(
     """
     recipe, stage = context.recipe, context.recipe.stages[index]
     begun = time.monotonic()
+    gc.collect()  # the engine of the stage before
     _seed(recipe.train.seed + index)
+    if stage.activation_checkpointing and stage.backbone_lr is None:
+        context.say(f"{context.label(index)}: a frozen backbone keeps no activations to recompute")
     model = convert.load(source, dtype=torch.float32)
     check_head(model)
     set_checkpointing(model, stage)

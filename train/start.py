@@ -8,6 +8,7 @@ start that was interrupted is simply made again.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,16 @@ def _convert(context: RunContext, original: Path) -> None:
     context.say(f"converting {original}")
     model, tokenizer = load_checked(original)
     model.eval()
-    rows = calibration_rows(recipe, tokenizer)
+    rows = _announced(context, calibration_rows(recipe, tokenizer))
     convert.convert(model, recipe.sparsity, rows, seed=recipe.train.seed)
     save_folder(model, tokenizer, context.run_dir / "start" / "hf")
+
+
+def _announced(context: RunContext, rows: list[Any]) -> Iterator[Any]:
+    """The rows, each with a line when it is asked for: converting takes minutes on CPU."""
+    for number, row in enumerate(rows, start=1):
+        context.say(f"conversion reads calibration row {number} of {len(rows)}")
+        yield row
 
 
 def save_folder(model: Any, tokenizer: Any, target: Path) -> None:

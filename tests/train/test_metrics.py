@@ -82,6 +82,19 @@ def test_truncation_keeps_earlier_stages_and_steps_up_to_the_checkpoint(tmp_path
     assert [(r["step"], r["stage_index"]) for r in read_records(path)] == [(1, 0), (2, 0)]
 
 
+def test_a_torn_line_is_cut_before_the_next_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(path)
+    log(first, 1, 0, 1.0)
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 2, "tok')
+    second = Metrics(path)
+    log(second, 2, 0, 2.0)
+    second.close()
+    assert [record["step"] for record in read_records(path)] == [1, 2]
+
+
 def test_a_damaged_line_inside_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')

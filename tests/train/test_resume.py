@@ -188,6 +188,26 @@ def test_two_ranks_asked_to_stop_save_and_resume_to_the_bit(
     assert curves(folder) == curves(folder_of(whole))
 
 
+def test_a_rank_killed_in_the_middle_of_a_save_leaves_no_half_checkpoint(
+    nursery, make_recipe, tmp_path
+):
+    """Rank 1 dies while files are written: DeepSpeed alone would leave a tag that rank 0 loads."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, killed = make_recipe(tmp_path / "whole"), make_recipe(tmp_path / "killed")
+    nursery.run(whole, output=tmp_path / "whole.txt", ranks=2)
+    output, folder = tmp_path / "killed.txt", folder_of(killed)
+    pids = nursery.start(killed, output=output, ranks=2)
+    wait_for(lambda: steps_in(folder) >= 8 and unfinished_save(folder), output)
+    os.kill(pids[1], signal.SIGKILL)
+    codes = nursery.wait(pids)
+    assert codes[1] == -9 and codes[0] != 0
+    assert any((path / "state.json").exists() for path in checkpoints(folder))
+    nursery.run(killed, output=output, ranks=2)
+    assert weights(folder) == weights(folder_of(whole))
+    assert curves(folder) == curves(folder_of(whole))
+
+
 def wait_for(condition, output: Path, seconds: float = 120) -> None:
     """Poll until `condition` holds."""
     limit = time.monotonic() + seconds
