@@ -148,9 +148,9 @@ def open_run(recipe: Any, run_dir: Path) -> RunContext:
     stop = StopRequests(run_dir / "STOP")
     stop.install()
     _single_process_defaults()
+    device = _device()
     init_distributed()
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = _device()
     mark, commit = fingerprint(recipe), repository_commit()
     metrics, wandb_id = None, ""
     if rank == 0:

@@ -93,9 +93,19 @@ def _convert(context: RunContext, original: Path) -> None:
     context.say(f"converting {original}")
     model, tokenizer = load_checked(original)
     model.eval()
+    if _fits(model, context.device):
+        model.to(context.device)
     rows = _announced(context, calibration_rows(recipe, tokenizer))
     convert.convert(model, recipe.sparsity, rows, seed=recipe.train.seed)
     save_folder(model, tokenizer, context.run_dir / "start" / "hf")
+
+
+def _fits(model: Any, device: torch.device) -> bool:
+    """Whether a GPU has room to convert the float32 model; else the CPU does it, more slowly."""
+    if device.type != "cuda":
+        return False
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return torch.cuda.mem_get_info(device)[0] > 1.5 * size
 
 
 def _announced(context: RunContext, rows: list[Any]) -> Iterator[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from dense2sparse.train.loop import Position, StageLoop, TrainingError
 from dense2sparse.train.metrics import Metrics, read_records
 from dense2sparse.train.schedule import lr_factor
 from dense2sparse.train.stages import num_steps_of
-from dense2sparse.train.stopping import StopRequests
+from dense2sparse.train.stopping import Stopped, StopRequests
 
 
 @given(
@@ -285,3 +287,48 @@ def test_mean_over_layers_divides_lambda_and_the_reported_kl(tiny, tmp_path):
     values = loop._losses(sums, 1, Position())
     assert values["train/loss_kl"] == pytest.approx(2.0)
     assert values["train/loss_total"] == pytest.approx(3.0)
+
+
+@pytest.fixture
+def requests(tmp_path):
+    """Stop requests with the signals taken over for the length of a test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    interrupt = signal.getsignal(signal.SIGINT)
+    asked = StopRequests(tmp_path / "STOP")
+    asked.install()
+    yield asked
+    for number, handler in {**before, signal.SIGINT: interrupt}.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_outside_the_loop_leaves_at_once_with_the_requeue_code(requests, number):
+    with pytest.raises(Stopped) as stopped:
+        os.kill(os.getpid(), number)
+    assert stopped.value.code == 75
+
+
+def test_a_signal_inside_the_loop_waits_for_the_step_boundary(requests):
+    reached = False
+    with pytest.raises(Stopped), requests.at_step_boundaries():  # honoured on leaving at the latest
+        assert not requests.agreed(torch.device("cpu"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.agreed(torch.device("cpu"))
+        reached = True
+    assert reached
+
+
+def test_a_stop_file_asks_too_and_is_used_up(requests, tmp_path):
+    (tmp_path / "STOP").touch()
+    assert requests.agreed(torch.device("cpu"))
+    assert requests.consume_file()
+    assert not requests.agreed(torch.device("cpu")) and not requests.consume_file()
+
+
+def test_loop_asked_to_stop_saves_before_the_next_step(tiny, tmp_path):
+    saves: list[int] = []
+    loop, position = scripted(tiny, tmp_path, [], saves=saves), Position(5, 5, 5)
+    (tmp_path / "STOP").touch()
+    with pytest.raises(Stopped):
+        loop.run(position)
+    assert saves == [5] and position == Position(5, 5, 5)
