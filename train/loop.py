@@ -33,6 +33,8 @@ class Position:
     step: int = 0
     global_step: int = 0
     tokens: int = 0
+    seconds: float = field(default=0.0, compare=False)
+    """Time in this stage's loop, over all starts, less what kills took away."""
 
 
 @dataclass
@@ -103,6 +105,7 @@ class StageLoop:
         """
         progress = Progress(self.label, self.num_steps) if self.rank == 0 else None
         seconds, steps_since = 0.0, 0
+        before, entered = position.seconds, time.perf_counter()
         reached = position.step == 0 and self._measure(position)
         while position.step < self.num_steps and not reached:
             if self.stop.agreed(self.device):
@@ -120,6 +123,7 @@ class StageLoop:
             ended = position.step == self.num_steps
             if ended or position.step % self.train.measure_every == 0:
                 reached = self._measure(position)
+            position.seconds = before + time.perf_counter() - entered
             if not ended and not reached and position.step % self.train.checkpoint_every == 0:
                 self.save(position)
         if progress is not None:

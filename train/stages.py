@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,6 @@ def run_training_stage(
         The content of the stage's `done.json`.
     """
     recipe, stage = context.recipe, context.recipe.stages[index]
-    begun = time.monotonic()
     gc.collect()  # the engine of the stage before
     _seed(recipe.train.seed + index)
     if stage.activation_checkpointing and stage.backbone_lr is None:
@@ -125,7 +123,7 @@ def run_training_stage(
             "steps": position.step,
             "global_step": position.global_step,
             "tokens": position.tokens,
-            "seconds_since_start_or_resume": round(time.monotonic() - begun, 1),
+            "seconds": round(position.seconds, 1),
             "world_size": context.world_size,
             "fingerprint": context.fingerprint_of(index),
             "commit": context.commit,
@@ -187,6 +185,7 @@ def _save(
         "stage_step": position.step,
         "step": position.global_step,
         "tokens": position.tokens,
+        "seconds": round(position.seconds, 1),
         "world_size": context.world_size,
         "fingerprint": context.fingerprint_of(index),
         "commit": context.commit,
@@ -221,6 +220,7 @@ def _resume(
         position.step = found.state["stage_step"]
         position.global_step = found.state["step"]
         position.tokens = found.state["tokens"]
+        position.seconds = found.state["seconds"]
         context.say(f"{context.label(index)} continues at step {position.step}")
     if context.metrics is not None:
         context.metrics.reopen()
