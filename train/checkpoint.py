@@ -82,6 +82,14 @@ def fault(folder: Path, state: dict[str, Any]) -> str | None:
     return None
 
 
+def _is_whole(folder: Path, stage_index: int) -> bool:
+    """Whether a folder already holds a complete checkpoint of this stage."""
+    state = read_json(folder / "state.json")
+    return (
+        state is not None and state["stage_index"] == stage_index and fault(folder, state) is None
+    )
+
+
 def random_state() -> dict[str, Any]:
     """Random states of this process, as plain lists and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
@@ -187,6 +195,8 @@ def save(
             the previous checkpoint stays as it was.
     """
     folder = folder_of(root, step)
+    if _agreed(int(_is_whole(folder, state["stage_index"]))):
+        return folder  # asked to stop right after a save: never remove a good one to write it again
     guard = _WriteGuard(engine.checkpoint_engine)
     if _rank() == 0:
         try:

@@ -126,6 +126,7 @@ class StageLoop:
             position.seconds = before + time.perf_counter() - entered
             if not ended and not reached and position.step % self.train.checkpoint_every == 0:
                 self.save(position)
+        position.seconds = before + time.perf_counter() - entered
         if progress is not None:
             progress.end()
         return "coverage" if reached else "steps"

@@ -217,6 +217,7 @@ def _device() -> Any:
 
 def run_stages(context: RunContext) -> None:
     """Run every stage that is not done yet, then write `finished.json`."""
+    from .checkpoint import prune
     from .evaluate import run_evaluation_stage
     from .files import write_json
     from .loop import Position
@@ -230,6 +231,8 @@ def run_stages(context: RunContext) -> None:
         if stage.kind in TRAINING:
             if done is None:
                 done = run_training_stage(context, index, source=weights, start=position)
+            elif context.rank == 0:  # killed between the stage's mark and this
+                prune(context.run_dir / "checkpoints", keep=0, stage_index=index)
             weights = context.stage_dir(index) / "hf"
             position = Position(0, done["global_step"], done["tokens"])
         elif done is None:

@@ -103,6 +103,17 @@ def test_a_full_disk_removes_what_was_written_and_keeps_the_one_before(tmp_path,
     assert newest_step(tmp_path) == 1
 
 
+def test_a_whole_checkpoint_of_the_same_step_is_not_written_again(tmp_path):
+    """A stop right after a periodic save: removing the good one first could lose it."""
+    folder = save(tmp_path, 3)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert save(tmp_path, 3, fails_at=1) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    (folder / "deepspeed" / "state" / "model.pt").write_bytes(b"torn")
+    save(tmp_path, 3)
+    assert newest_step(tmp_path) == 3
+
+
 def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path):
     engine = FakeEngine()
 
@@ -111,7 +122,9 @@ def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path):
 
     engine.checkpoint_engine.save = broken
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        checkpoint.save(engine, tmp_path, step=1, state={}, rank_state={}, frozen=False)
+        checkpoint.save(
+            engine, tmp_path, step=1, state={"stage_index": 0}, rank_state={}, frozen=False
+        )
 
 
 def test_a_failed_state_file_leaves_no_checkpoint(tmp_path, monkeypatch):
