@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -40,11 +41,10 @@ def pieces(
         yield Piece(slice(None), slice(0, num_queries), slice(0, num_keys), query_offset)
         return
     last = query_offset + num_queries
-    for row, ids in enumerate(document_ids.tolist()):
-        start = 0
-        for end in range(1, num_keys + 1):
-            if end < num_keys and ids[end] == ids[start]:
-                continue
+    changes = (document_ids[:, 1:] != document_ids[:, :-1]).nonzero().tolist()
+    for row in range(document_ids.shape[0]):
+        bounds = [0, *(place + 1 for where, place in changes if where == row), num_keys]
+        for start, end in pairwise(bounds):
             first, stop = max(start, query_offset), min(end, last)
             if first < stop:
                 yield Piece(
@@ -53,4 +53,3 @@ def pieces(
                     slice(start, stop),
                     first - start,
                 )
-            start = end

@@ -60,8 +60,10 @@ def measure_selection(
     top_k = block_ids.shape[-1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     sums = torch.zeros(6, dtype=torch.float64, device=q.device)
+    unions: list[tuple[float, int]] = []
     for piece in pieces(q.shape[2], k.shape[2], document_ids, 0):
         ids = block_ids[piece.rows, :, piece.queries]
+        unions.append((tile_union(ids), max(1, ids.shape[2] // UNION_TILE) * ids.shape[0]))
         q_piece, k_piece = q[piece.rows, :, piece.queries], k[piece.rows, :, piece.keys]
         masses = block_mass(q_piece, k_piece, block_size=block_size, scale=scale, offset=0)
         for start, stop, mass in masses:
@@ -90,7 +92,7 @@ def measure_selection(
         learned_coverage=(of_chosen - of_forced) / room if room > 0 else 1.0,
         block_recall=num_both / num_best,
         score_recall=of_both / of_best,
-        tile_union=tile_union(block_ids),
+        tile_union=sum(u * n for u, n in unions) / sum(n for _, n in unions),
     )
 
 

@@ -21,7 +21,14 @@ from . import reference, tiled, tiled_kl
 
 _BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
     "reference": reference,
-    "torch": SimpleNamespace(**vars(tiled), index_kl=tiled_kl.index_kl),
+    "torch": SimpleNamespace(
+        select_blocks=tiled.select_blocks,
+        select_by_mass=tiled.select_by_mass,
+        dense_attention=tiled.dense_attention,
+        sparse_attention=tiled.sparse_attention,
+        sparse_decode=tiled.sparse_decode,
+        index_kl=tiled_kl.index_kl,
+    ),
 }
 
 
@@ -51,6 +58,7 @@ def select_blocks(
 ) -> Tensor:
     """Block ids (B, G, T, top_k) int32 of the best blocks by index score; no gradient."""
     _check_index(index_q, index_k)
+    _check_offset(index_q, index_k, query_offset)
     _check_documents(document_ids, index_k)
     _check_budget(block_size, top_k, local_blocks, init_blocks)
     return _operation("select_blocks", backend)(
@@ -80,6 +88,7 @@ def select_by_mass(
 ) -> Tensor:
     """Block ids (B, G, T, top_k) int32 of the blocks with the largest true attention mass (oracle)."""
     _check_main(q, k, k)
+    _check_offset(q, k, query_offset)
     _check_documents(document_ids, k)
     _check_budget(block_size, top_k, local_blocks, init_blocks)
     return _operation("select_by_mass", backend)(
@@ -107,6 +116,7 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention: out (B, H, T, D) and lse (B, H, T); differentiable in q, k, v through `out`."""
     _check_main(q, k, v)
+    _check_offset(q, k, query_offset)
     _check_documents(document_ids, k)
     return _operation("dense_attention", backend)(
         q, k, v, scale=scale, document_ids=document_ids, query_offset=query_offset
@@ -127,6 +137,7 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks: out and lse; differentiable in q, k, v through `out`."""
     _check_main(q, k, v)
+    _check_offset(q, k, query_offset)
     _check_documents(document_ids, k)
     _check_block_ids(block_ids, q, k)
     return _operation("sparse_attention", backend)(
@@ -161,11 +172,11 @@ def index_kl(
     of sparse_attention over the same ids.
     """
     _check_main(q, k, k)
-    _check_index(index_q, index_k)
+    _check_index(index_q, index_k, k)
     _check_documents(document_ids, k)
-    if index_q.shape[1] != k.shape[1]:
+    if q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"index_q has {index_q.shape[1]} heads and k has {k.shape[1]}: one index head a KV group"
+            f"{q.shape[2]} queries and {k.shape[2]} keys: the KL is of whole rows, run without a cache"
         )
     if block_ids is not None:
         _check_block_ids(block_ids, q, k)
@@ -202,7 +213,7 @@ def sparse_decode(
 ) -> Tensor:
     """Selection and attention for one new token, the last of the S cached ones: out (B, H, 1, D)."""
     _check_main(q, k, v)
-    _check_index(index_q, index_k)
+    _check_index(index_q, index_k, k)
     _check_documents(document_ids, k)
     _check_budget(block_size, top_k, local_blocks, init_blocks)
     if q.shape[2] != 1 or index_q.shape[2] != 1:
@@ -232,7 +243,19 @@ def _check_main(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
 
 
-def _check_index(index_q: Tensor, index_k: Tensor) -> None:
+def _check_offset(queries: Tensor, keys: Tensor, query_offset: int) -> None:
+    if query_offset < 0 or query_offset + queries.shape[2] > keys.shape[2]:
+        raise ValueError(
+            f"query_offset={query_offset}: {queries.shape[2]} queries from there on are more than the "
+            f"{keys.shape[2]} keys"
+        )
+
+
+def _check_index(index_q: Tensor, index_k: Tensor, k: Tensor | None = None) -> None:
+    if k is not None and index_q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"index_q has {index_q.shape[1]} heads and k has {k.shape[1]}: one index head a KV group"
+        )
     if index_k.shape[1] != 1 or index_q.shape[-1] != index_k.shape[-1]:
         shapes = f"index_q {tuple(index_q.shape)}, index_k {tuple(index_k.shape)}"
         raise ValueError(f"{shapes}: expected (B, G, T, D_idx) and (B, 1, S, D_idx)")

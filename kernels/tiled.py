@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .documents import pieces
-from .reference import accumulation_dtype, top_blocks
+from .reference import accumulation_dtype, document_starts, top_blocks
 
 TILE_ELEMENTS = 1 << 24
 """Bound of one tile of scores over all heads and rows: 64 MiB in float32."""
@@ -142,65 +142,70 @@ def select_by_mass(
 
 
 class TiledAttention(torch.autograd.Function):
-    """Causal attention of one document, over the selected blocks or over all; own backward."""
+    """Causal attention over the selected blocks or over all, document by document; own backward."""
 
     @staticmethod
-    def forward(ctx, q, k, v, block_ids, block_size, scale, offset):
+    def forward(ctx, q, k, v, block_ids, block_size, scale, parts):
         dtype = accumulation_dtype(q)
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
-        for tile in _tile_scores(q, k, block_ids, block_size, scale, offset):
-            start, stop, num_keys, scores = tile
-            # The row's maximum by hand instead of logsumexp: one pass of exponentials, not two.
-            largest = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(largest).exp_()
-            total = weights.sum(-1, keepdim=True)
-            values = v[:, :, :num_keys].to(dtype).unsqueeze(2)
-            out[:, :, start:stop] = (weights @ values).div_(total).flatten(1, 2).to(q.dtype)
-            lse[:, :, start:stop] = (total.log_() + largest).squeeze(-1).flatten(1, 2)
+        for part in parts:
+            values = v[part.rows, :, part.keys].to(dtype).unsqueeze(2)
+            out_part, lse_part = (x[part.rows, :, part.queries] for x in (out, lse))
+            for tile in _tile_scores(q, k, block_ids, block_size, scale, part):
+                start, stop, num_keys, scores = tile
+                # The row's maximum by hand instead of logsumexp: one pass of exponentials, not two.
+                largest = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(largest).exp_()
+                total = weights.sum(-1, keepdim=True)
+                attended = (weights @ values[:, :, :, :num_keys]).div_(total)
+                out_part[:, :, start:stop] = attended.flatten(1, 2).to(q.dtype)
+                lse_part[:, :, start:stop] = (total.log_() + largest).squeeze(-1).flatten(1, 2)
         ctx.save_for_backward(q, k, v, block_ids, out, lse)
-        ctx.block_size, ctx.scale, ctx.offset = block_size, scale, offset
+        ctx.block_size, ctx.scale, ctx.parts = block_size, scale, parts
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, _grad_lse):
         q, k, v, block_ids, out, lse = ctx.saved_tensors
-        dtype = lse.dtype
-        groups = k.shape[1]
-        grad_q = torch.empty_like(q)
+        dtype, groups = lse.dtype, k.shape[1]
+        grad_q = torch.zeros_like(q)
         grad_k = torch.zeros_like(k, dtype=dtype)
         grad_v = torch.zeros_like(v, dtype=dtype)
         delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
-        for tile in _tile_scores(q, k, block_ids, ctx.block_size, ctx.scale, ctx.offset):
-            start, stop, num_keys, scores = tile
-            grouped = [
-                tensor[:, :, start:stop].to(dtype).unflatten(1, (groups, -1))
-                for tensor in (q, grad_out, lse, delta)
-            ]
-            q_tile, grad_tile, lse_tile, delta_tile = grouped
-            probabilities = scores.sub_(lse_tile[..., None]).exp_()
-            values = v[:, :, :num_keys].to(dtype).unsqueeze(2)
-            keys = k[:, :, :num_keys].to(dtype).unsqueeze(2)
-            grad_v[:, :, :num_keys] += _sum_heads(probabilities, grad_tile)
-            grad_scores = grad_tile @ values.transpose(-1, -2)
-            grad_scores.sub_(delta_tile[..., None]).mul_(probabilities).mul_(ctx.scale)
-            grad_q[:, :, start:stop] = (grad_scores @ keys).flatten(1, 2).to(q.dtype)
-            grad_k[:, :, :num_keys] += _sum_heads(grad_scores, q_tile)
+        for part in ctx.parts:
+            keys, values = (x[part.rows, :, part.keys].to(dtype).unsqueeze(2) for x in (k, v))
+            by_query = [x[part.rows, :, part.queries] for x in (q, grad_out, lse, delta)]
+            grad_q_part = grad_q[part.rows, :, part.queries]
+            grad_k_part, grad_v_part = (x[part.rows, :, part.keys] for x in (grad_k, grad_v))
+            for tile in _tile_scores(q, k, block_ids, ctx.block_size, ctx.scale, part):
+                start, stop, num_keys, scores = tile
+                q_tile, grad_tile, lse_tile, delta_tile = (
+                    x[:, :, start:stop].to(dtype).unflatten(1, (groups, -1)) for x in by_query
+                )
+                probabilities = scores.sub_(lse_tile[..., None]).exp_()
+                grad_v_part[:, :, :num_keys] += _sum_heads(probabilities, grad_tile)
+                grad_scores = grad_tile @ values[:, :, :, :num_keys].transpose(-1, -2)
+                grad_scores.sub_(delta_tile[..., None]).mul_(probabilities).mul_(ctx.scale)
+                grad_q_tile = (grad_scores @ keys[:, :, :, :num_keys]).flatten(1, 2)
+                grad_q_part[:, :, start:stop] = grad_q_tile.to(q.dtype)
+                grad_k_part[:, :, :num_keys] += _sum_heads(grad_scores, q_tile)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
-def _tile_scores(q, k, block_ids, block_size, scale, offset):
-    """Yield (start, stop, num_keys, masked scores (B, G, R, t, num_keys)) tile by tile."""
+def _tile_scores(q, k, block_ids, block_size, scale, part):
+    """Yield (start, stop, num_keys, masked scores (B, G, R, t, num_keys)) tile by tile of one piece."""
     dtype = accumulation_dtype(q)
-    groups = k.shape[1]
-    for start, stop in tiles(q.shape[2], k.shape[2], q.shape[0] * q.shape[1]):
-        num_keys = offset + stop
-        q_tile = q[:, :, start:stop].to(dtype).unflatten(1, (groups, -1))
-        scores = q_tile @ k[:, :, :num_keys].to(dtype).unsqueeze(2).transpose(-1, -2)
-        hidden = future(start, stop, offset, num_keys, q.device)
-        if block_ids is not None:
-            chosen = token_support(block_ids[:, :, start:stop], block_size, num_keys)
+    q, keys = q[part.rows, :, part.queries], k[part.rows, :, part.keys].to(dtype).unsqueeze(2)
+    ids = None if block_ids is None else block_ids[part.rows, :, part.queries]
+    for start, stop in tiles(q.shape[2], keys.shape[3], q.shape[0] * q.shape[1]):
+        num_keys = part.offset + stop
+        q_tile = q[:, :, start:stop].to(dtype).unflatten(1, (k.shape[1], -1))
+        scores = q_tile @ keys[:, :, :, :num_keys].transpose(-1, -2)
+        hidden = future(start, stop, part.offset, num_keys, q.device)
+        if ids is not None:
+            chosen = token_support(ids[:, :, start:stop], block_size, num_keys)
             hidden = (hidden | ~chosen).unsqueeze(2)
         yield start, stop, num_keys, scores.mul_(scale).masked_fill_(hidden, -math.inf)
 
@@ -223,17 +228,8 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """See reference.sparse_attention; differentiable in q, k and v (not through the log-sum-exp)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-
-    def attend(piece):
-        ids = None if block_ids is None else block_ids[piece.rows, :, piece.queries]
-        inputs = (
-            q[piece.rows, :, piece.queries],
-            k[piece.rows, :, piece.keys],
-            v[piece.rows, :, piece.keys],
-        )
-        return TiledAttention.apply(*inputs, ids, block_size, scale, piece.offset)
-
-    return _join(attend, pieces(q.shape[2], k.shape[2], document_ids, query_offset), q.shape[0])
+    parts = list(pieces(q.shape[2], k.shape[2], document_ids, query_offset))
+    return TiledAttention.apply(q, k, v, block_ids, block_size, scale, parts)
 
 
 def dense_attention(
@@ -247,18 +243,22 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_attention; torch's fused CPU kernel where it applies, else tiles."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-
-    def attend(piece):
-        inputs = (
-            q[piece.rows, :, piece.queries],
-            k[piece.rows, :, piece.keys],
-            v[piece.rows, :, piece.keys],
-        )
-        if q.device.type == "cpu" and piece.offset == 0 and q.dtype != torch.float16:
-            return _fused_cpu(*inputs, scale)
-        return TiledAttention.apply(*inputs, None, 1, scale, piece.offset)
-
-    return _join(attend, pieces(q.shape[2], k.shape[2], document_ids, query_offset), q.shape[0])
+    parts = list(pieces(q.shape[2], k.shape[2], document_ids, query_offset))
+    whole_rows = q.shape[2] == k.shape[2]
+    if not (q.device.type == "cpu" and whole_rows and q.dtype != torch.float16):
+        return TiledAttention.apply(q, k, v, None, 1, scale, parts)
+    if document_ids is None:
+        return _fused_cpu(q, k, v, scale)
+    # split, not slices: its backward joins the pieces once instead of padding each to a whole row.
+    rows = zip(*(x.split(1) for x in (q, k, v)), strict=True)
+    outs, lses = [], []
+    for number, row in enumerate(rows):
+        lengths = [p.keys.stop - p.keys.start for p in parts if p.rows.start == number]
+        alone = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
+        found = [_fused_cpu(*document, scale) for document in alone]
+        outs.append(torch.cat([out for out, _ in found], dim=2))
+        lses.append(torch.cat([lse for _, lse in found], dim=2))
+    return torch.cat(outs), torch.cat(lses)
 
 
 def _fused_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -268,22 +268,7 @@ def _fused_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, keys, values, 0.0, True, scale=scale
     )
-    # The operator's lse is strided as (B, T, H) inside; .detach() keeps it out of the graph.
     return out, lse.detach()
-
-
-def _join(attend, parts, batch: int) -> tuple[Tensor, Tensor]:
-    """Run `attend` on every piece and put outputs back: pieces come in order of rows, then queries."""
-    results: list[tuple[int, Tensor, Tensor]] = []
-    for piece in parts:
-        out, lse = attend(piece)
-        if piece.rows == slice(None):
-            return out, lse
-        results.append((piece.rows.start, out, lse))
-    rows = [[(out, lse) for row, out, lse in results if row == b] for b in range(batch)]
-    outs = [torch.cat([out for out, _ in row], dim=2) for row in rows]
-    lses = [torch.cat([lse for _, lse in row], dim=2) for row in rows]
-    return torch.cat(outs), torch.cat(lses)
 
 
 @torch.no_grad()
@@ -306,8 +291,7 @@ def sparse_decode(
     dtype = accumulation_dtype(q)
     starts = q.new_zeros(batch, dtype=torch.long)
     if document_ids is not None:
-        same = document_ids == document_ids[:, -1:]
-        starts = num_keys - same.flip(1).long().cumprod(dim=1).sum(dim=1)
+        starts = document_starts(document_ids)[:, -1]
     relative = torch.arange(num_keys, device=q.device)[None] - starts[:, None]
     scores = (index_q.to(dtype) @ index_k.to(dtype).transpose(-1, -2))[:, :, 0]
     scores = scores.masked_fill((relative < 0)[:, None], -math.inf)

@@ -54,7 +54,8 @@ class AttentionCall:
     top_k: int | None = None
     """Blocks per query; None takes the checkpoint's."""
     document_ids: Tensor | None = None
-    """(B, S) int32; None takes them from the attention mask or restarting position ids."""
+    """(B, S) int32; None takes them from the attention mask or restarting position ids. Where they are
+    given, position ids must restart too in models with sliding-window layers."""
     kl_weight: float | None = None
     """Weight of each layer's KL in the gradient; None computes no KL."""
     attach_kl: bool = True
@@ -106,6 +107,8 @@ def attend(
             module, query, key, scaling=scaling, sliding_window=sliding_window, extra=kwargs
         )
     if sliding_window is not None:
+        if msa_call is not None and msa_call.document_ids is not None:
+            _check_bounds(attention_mask, msa_call.document_ids)
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     for name in ("softcap", "s_aux"):
@@ -128,6 +131,16 @@ def attend(
         )
         out = layer(query, key, value, index_q, index_k)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_bounds(mask: Tensor | None, document_ids: Tensor) -> None:
+    """Layers with a sliding window know documents from position ids only: see that they do."""
+    rows, places = (document_ids[:, 1:] != document_ids[:, :-1]).nonzero(as_tuple=True)
+    if len(rows) and (mask is None or bool(mask[rows, 0, places + 1, places].any())):
+        raise ValueError(
+            "document_ids name several documents in a row, but position_ids run on: let them restart at "
+            "each document, layers with a sliding window go by them"
+        )
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,10 @@ class _SparseLayer:
         else:
             if report.block_ids is None:
                 report.block_ids = self._select(q, k, index_q, index_k)
+            elif not _inside_backward():
+                raise ValueError(
+                    "this AttentionCall has served a forward pass: make a new one for each"
+                )
             support = {"block_ids": report.block_ids, "block_size": geometry.block_size}
             out, lse = ops.sparse_attention(q, k, v, **support, **common, query_offset=self.offset)
         if call.measure and report.measures is None:
@@ -202,6 +219,11 @@ class _SparseLayer:
         report.measures = measure_selection(
             q, k, ids, **budget, scale=self.scale, document_ids=self.documents
         )
+
+
+def _inside_backward() -> bool:
+    """Whether autograd is running: a forward pass there is a recomputation under checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def document_mask(

@@ -81,11 +81,16 @@ class Geometry:
     def from_config(cls, block: dict[str, Any], num_layers: int) -> Geometry:
         """Read the block back.
 
+        Keys of our own may be missing: the defaults are the published form (norm, no bias, rotary in
+        every sparse layer, scale 1 / sqrt(D_idx)).
+
         Raises:
-            ValueError: a key is missing or the layer lists do not fit the model.
+            ValueError: a published key is missing or has a value that is not supported, or the layer
+                lists do not fit the model.
         """
         try:
-            frequency, rope = block["sparse_attention_freq"], block["sparse_index_rope"]
+            frequency = block["sparse_attention_freq"]
+            rope = block.get("sparse_index_rope", frequency)
             geometry = cls(
                 block_size=block["sparse_block_size"],
                 top_k=block["sparse_topk_blocks"],
@@ -93,18 +98,26 @@ class Geometry:
                 init_blocks=block["sparse_init_block"],
                 num_index_heads=block["sparse_num_index_heads"],
                 index_dim=block["sparse_index_dim"],
-                index_scale=block["sparse_index_scale"],
-                index_norm=block["sparse_index_norm"],
-                index_bias=block["sparse_index_bias"],
+                index_scale=block.get("sparse_index_scale", block["sparse_index_dim"] ** -0.5),
+                index_norm=block.get("sparse_index_norm", True),
+                index_bias=block.get("sparse_index_bias", False),
                 num_layers=len(frequency),
                 sparse_layers=tuple(n for n, flag in enumerate(frequency) if flag),
                 rotary_layers=tuple(n for n, flag in enumerate(rope) if flag),
-                argument_bridge=block["sparse_argument_bridge"],
+                argument_bridge=block.get("sparse_argument_bridge", False),
             )
         except KeyError as missing:
             raise ValueError(
                 f"sparse_attention_config has no {missing}: save the model again with this package"
             ) from None
+        meant = {
+            "use_sparse_attention": True,
+            "sparse_score_type": "max",
+            "sparse_disable_index_value": frequency,
+        }
+        for key, value in meant.items():
+            if block.get(key, value) != value:
+                raise ValueError(f"{key}={block[key]!r} is not supported: it must be {value!r}")
         if len(frequency) != num_layers:
             raise ValueError(
                 f"sparse_attention_freq lists {len(frequency)} layers, the model has {num_layers}"
@@ -121,8 +134,13 @@ def check_heads(config: Any) -> None:
     """Refuse models whose heads cannot carry an index branch per KV group.
 
     Raises:
-        ValueError: multi-head attention (nothing is shared), or heads that do not divide.
+        ValueError: multi-head attention (nothing is shared), heads that do not divide, or a wrapper
+            around a text model (vision, audio).
     """
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"model type {config.model_type} wraps a text model: save its text model alone and convert that"
+        )
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     groups = groups or heads
     if heads % groups:

@@ -251,6 +251,7 @@ def test_union_of_equal_and_of_disjoint_neighbours():
         ({"backend": "triton"}, "backend='triton' is not available here"),
         ({"top_k": 1, "local_blocks": 2}, "top_k=1 cannot hold 2 local"),
         ({"block_size": 0}, "block_size=0"),
+        ({"query_offset": 1}, "query_offset=1: 20 queries from there on are more than the 20 keys"),
         ({"document_ids": torch.zeros(1, 3, dtype=torch.int32)}, "document_ids has shape"),
     ],
 )
@@ -259,3 +260,39 @@ def test_wrong_arguments_are_named(change, words):
     arguments = {"block_size": 16, "top_k": 2, **change}
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         ops.select_blocks(case["index_q"], case["index_k"], **arguments)
+
+
+def test_kl_of_a_part_of_a_row_is_refused():
+    case = layer(length=20)
+    _, lse = ops.dense_attention(case["q"], case["k"], case["v"])
+    with pytest.raises(ValueError, match="5 queries and 20 keys: the KL is of whole rows"):
+        ops.index_kl(
+            case["q"][:, :, -5:],
+            case["k"],
+            lse[:, :, -5:],
+            case["index_q"][:, :, -5:],
+            case["index_k"],
+        )
+
+
+def test_an_index_head_per_group_is_asked_for():
+    case = layer(length=20)
+    one = {name: case[name][:, :, -1:] for name in ("q", "index_q")}
+    with pytest.raises(ValueError, match="index_q has 1 heads and k has 2"):
+        ops.sparse_decode(
+            one["q"],
+            case["k"],
+            case["v"],
+            one["index_q"][:, :1],
+            case["index_k"],
+            block_size=4,
+            top_k=2,
+        )
+
+
+def test_union_is_counted_document_by_document():
+    case = layer(length=64)
+    ids = torch.zeros(1, 2, 64, 1, dtype=torch.int32)
+    documents = (torch.arange(64) // 32).int()[None]
+    measured = measure_selection(case["q"], case["k"], ids, block_size=16, document_ids=documents)
+    assert measured.tile_union == 1

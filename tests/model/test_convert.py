@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dense2sparse.kernels.ops import select_blocks
 from dense2sparse.model.attention import AttentionCall
@@ -22,7 +22,7 @@ from dense2sparse.model.convert import (
     load_dense,
     save,
 )
-from dense2sparse.model.geometry import Geometry
+from dense2sparse.model.geometry import Geometry, check_heads
 from dense2sparse.model.probe import attention_modules, observe, transforms
 from dense2sparse.recipes.schema import Sparsity
 
@@ -243,6 +243,38 @@ def test_a_config_without_the_block_or_without_layer_list_is_refused(folder):
     (folder / "config.json").write_text(json.dumps({**config, "sparse_attention_config": block}))
     with pytest.raises(ValueError, match="has no 'sparse_attention_freq'"):
         load(folder)
+
+
+def test_published_keys_alone_mean_the_published_form():
+    published = {
+        "use_sparse_attention": True,
+        "sparse_index_dim": 64,
+        "sparse_num_index_heads": 2,
+        "sparse_topk_blocks": 3,
+        "sparse_block_size": 16,
+        "sparse_init_block": 0,
+        "sparse_local_block": 1,
+        "sparse_score_type": "max",
+        "sparse_attention_freq": [0, 1],
+        "sparse_disable_index_value": [0, 1],
+    }
+    geometry = Geometry.from_config(published, 2)
+    assert geometry.index_norm and not geometry.index_bias and geometry.rotary_layers == (1,)
+    assert geometry.index_scale == 1 / 8
+    for key, value in (
+        ("use_sparse_attention", False),
+        ("sparse_score_type", "mean"),
+        ("sparse_disable_index_value", [0, 0]),
+    ):
+        with pytest.raises(ValueError, match=f"{key}=.* is not supported"):
+            Geometry.from_config({**published, key: value}, 2)
+    with pytest.raises(ValueError, match="lists 2 layers, the model has 3"):
+        Geometry.from_config(published, 3)
+
+
+def test_a_wrapper_around_a_text_model_is_refused():
+    with pytest.raises(ValueError, match="gemma3 wraps a text model"):
+        check_heads(Gemma3Config())
 
 
 def test_missing_and_torn_weight_files_are_refused(folder):

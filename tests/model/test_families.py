@@ -189,3 +189,33 @@ def test_documents_in_a_row_do_not_see_each_other():
         told = model(packed, position_ids=positions, msa_call=given, use_cache=False).logits
     torch.testing.assert_close(found, apart, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(told, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_documents_named_without_restarting_positions_are_refused_for_sliding_layers():
+    model = converted("gemma3_text")
+    documents = (torch.arange(96) >= 40).int()[None]
+    call = AttentionCall("sparse", document_ids=documents)
+    with pytest.raises(ValueError, match="position_ids run on"):
+        model(row(1).input_ids, msa_call=call, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "exaone4", "olmo3"])
+def test_hybrids_generate_as_without_a_cache_and_padded(family):
+    model = converted(family)
+    inputs = row(1, 60, seed=6).input_ids
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    alone = model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+    plain = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), use_cache=False, **options
+    )
+    assert torch.equal(alone, plain)
+    padded = torch.nn.functional.pad(inputs, (13, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(inputs), (13, 0))
+    left = model.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(left[:, 13:], alone)
+
+
+def test_soft_capping_is_refused():
+    with pytest.raises(ValueError, match="uses softcap"):
+        config = AutoConfig.for_model("gemma2", **{**TINY, **HYBRID})
+        convert(AutoModelForCausalLM.from_config(config), SPARSITY, [row()])

@@ -135,8 +135,9 @@ def test_mode_is_put_back_and_needs_a_sparse_layer(model):
         pass
 
 
-def test_block_ids_of_the_forward_pass_are_read_again():
-    """Trap 3: a recomputation must not select anew, even where the index branch has changed since."""
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_block_ids_of_the_forward_pass_are_read_again(use_reentrant):
+    """Trap 3: the recomputation must not select anew, even where the index branch has changed since."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -146,18 +147,38 @@ def test_block_ids_of_the_forward_pass_are_read_again():
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=0,
+        initializer_range=0.3,
     )
-    small = LlamaForCausalLM(config)
+    small = LlamaForCausalLM(config).train()
     ids = torch.randint(3, 64, (1, 128))
     row = Row(ids, torch.arange(128)[None])
     convert(small, Sparsity(block_size=16, top_k=2, dense_layers=[0]), [row])
+    index_q = small.model.layers[1].self_attn.index_q_proj.weight
+    start = index_q.detach().clone()
+    gradients = []
+    for checkpointing, disturbed in ((False, False), (True, True), (False, True)):
+        index_q.data.copy_(start)
+        small.zero_grad()
+        small.gradient_checkpointing_disable()
+        if checkpointing:
+            small.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            small.enable_input_require_grads()
+        call = AttentionCall("sparse")
+        if disturbed and not checkpointing:
+            index_q.data.normal_(std=3.0, generator=torch.Generator().manual_seed(1))
+        loss = small(ids, labels=ids, msa_call=call, use_cache=False).loss
+        if disturbed and checkpointing:
+            index_q.data.normal_(std=3.0, generator=torch.Generator().manual_seed(1))
+        loss.backward()
+        gradients.append(small.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    plain, recomputed, other = gradients
+    torch.testing.assert_close(recomputed, plain)
+    assert not torch.allclose(other, plain), "the change must matter to a new selection"
+
+
+def test_one_call_serves_one_forward_pass(model):
+    ids, _ = prompt(70)
     call = AttentionCall("sparse")
-    first = small(ids, msa_call=call, use_cache=False).logits
-    kept = call.reports[1].block_ids.clone()
-    with torch.no_grad():
-        small.model.layers[1].self_attn.index_q_proj.weight.normal_(std=3.0)
-    again = small(ids, msa_call=call, use_cache=False).logits
-    assert torch.equal(call.reports[1].block_ids, kept) and torch.equal(again, first)
-    fresh = AttentionCall("sparse")
-    small(ids, msa_call=fresh, use_cache=False)
-    assert not torch.equal(fresh.reports[1].block_ids, kept), "the change must matter to a new pass"
+    model(ids, msa_call=call, use_cache=False)
+    with pytest.raises(ValueError, match="has served a forward pass"):
+        model(ids, msa_call=call, use_cache=False)
