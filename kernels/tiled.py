@@ -255,7 +255,7 @@ def dense_attention(
     for number, row in enumerate(rows):
         lengths = [p.keys.stop - p.keys.start for p in parts if p.rows.start == number]
         alone = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
-        found = [_fused_cpu(*document, scale) for document in alone]
+        found = [_fused_cpu(q_part, k_part, v_part, scale) for q_part, k_part, v_part in alone]
         outs.append(torch.cat([out for out, _ in found], dim=2))
         lses.append(torch.cat([lse for _, lse in found], dim=2))
     return torch.cat(outs), torch.cat(lses)
