@@ -66,8 +66,8 @@ def plain(tiny, start_folder) -> dict:
             seen[name].append(float(torch.stack(squares).sum().sqrt()))
         torch.nn.utils.clip_grad_norm_(model.parameters(), stage.gradient_clipping)
         optimizer.step()
-        seen["lm"].append(float(lm))
-        seen["kl"].append(float(kl))
+        seen["lm"].append(float(lm.detach()))
+        seen["kl"].append(float(kl.detach()))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {**seen, "weights": weights}
 
