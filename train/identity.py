@@ -19,13 +19,14 @@ def check_same_identity(run_dir: Path, recipe: Any, *, world_size: int) -> None:
     """Refuse to continue a folder that another recipe or another number of ranks began.
 
     Stages that have not begun yet may differ: they can be changed, dropped or added without repeating
-    the finished ones.
+    the finished ones. A start that was refused, or died before the conversion was done, binds to
+    nothing: whatever is corrected may be run under the same name.
 
     Raises:
         ValueError: one sentence that names the first key that differs.
     """
     file = run_dir / RUN_FILE
-    if not file.exists():
+    if not file.exists() or not _has_begun(run_dir):
         return
     known = json.loads(file.read_text(encoding="utf-8"))
     if known["fingerprint"] != fingerprint(recipe):
@@ -40,6 +41,11 @@ def check_same_identity(run_dir: Path, recipe: Any, *, world_size: int) -> None:
             f"{run_dir} was started with {known['world_size']} ranks and cannot resume with "
             f"{world_size}: start it with {known['world_size']} ranks, or give this run another `name`"
         )
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether the folder holds anything that a recipe has made."""
+    return (run_dir / "start" / "done.json").exists() or num_begun_stages(run_dir) > 0
 
 
 def num_begun_stages(run_dir: Path) -> int:

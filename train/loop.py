@@ -109,10 +109,11 @@ class StageLoop:
         reached = position.step == 0 and self._measure(position)
         while position.step < self.num_steps and not reached:
             if self.stop.agreed(self.device):
-                self.save(position)
+                if position.step:
+                    self.save(position)
                 self.say(f"asked to stop: saved at step {position.step} of {self.label}")
                 raise Stopped()
-            logged = self._is_due(position.step + 1, self.train.log_every)
+            logged = self._is_due(position.step + 1)
             begun = time.perf_counter()
             values, visible = self._step(position, logged)
             seconds, steps_since = seconds + time.perf_counter() - begun, steps_since + 1
@@ -131,9 +132,14 @@ class StageLoop:
             progress.end()
         return "coverage" if reached else "steps"
 
-    def _is_due(self, step: int, every: int) -> bool:
-        """Whether the step of this number (from 1) is recorded: the first, the last, every n-th."""
-        return step == 1 or step == self.num_steps or step % every == 0
+    def _is_due(self, step: int) -> bool:
+        """Whether the step of this number (from 1) is recorded.
+
+        The first, the last, every n-th, and those behind which a checkpoint is written: recorded
+        steps are checked for numbers that are not finite, and such weights must not be kept.
+        """
+        every = (self.train.log_every, self.train.checkpoint_every)
+        return step == 1 or step == self.num_steps or any(step % n == 0 for n in every)
 
     def _step(self, position: Position, logged: bool) -> tuple[dict[str, float], float]:
         """One optimizer step. Returns the numbers of a logged step and the mean of visible keys."""
@@ -149,7 +155,9 @@ class StageLoop:
             if number:
                 self.engine.step()  # counts a micro batch; it updates nothing before the last one
             self._micro_batch(batch, normaliser, sums if logged else None)
+        # Before the update, so that numbers which are not finite never reach the weights.
         norms = branch_norms(self.engine) if logged else {}
+        values = self._losses(sums, len(batches), position, norms) if logged else {}
         self.engine.step()
         position.step += 1
         position.global_step += 1
@@ -157,7 +165,6 @@ class StageLoop:
         if not logged:
             return {}, 0.0
         visible = float(torch.cat([b.position_ids.flatten() for b in batches]).double().mean()) + 1
-        values = self._losses(sums, len(batches), position)
         values["data/target_tokens"] = targets
         for branch, rate in rates.items():
             values[f"train/lr/{branch}"] = rate
@@ -206,8 +213,10 @@ class StageLoop:
         self.engine.backward(loss)
         call.reports.clear()
 
-    def _losses(self, sums: StepSums, num_batches: int, position: Position) -> dict[str, float]:
-        """Losses of a logged step, averaged over micro batches and ranks."""
+    def _losses(
+        self, sums: StepSums, num_batches: int, position: Position, norms: dict[str, float]
+    ) -> dict[str, float]:
+        """Losses of a logged step, averaged over micro batches and ranks; all must be finite."""
         if sums.lm is None or not sums.kl:
             raise TrainingError(
                 f"{self.label} reports no KL: the checkpoint has no sparse layer, see "
@@ -217,9 +226,10 @@ class StageLoop:
         stacked = torch.stack([sums.lm, *(sums.kl[layer] for layer in layers)]) / num_batches
         lm, *kls = average_over_ranks(stacked.double(), self.device)
         kl = sum(kls) / (len(kls) if self.stage.kl_reduction == "mean" else 1)
-        if not math.isfinite(lm + kl):
+        if not math.isfinite(lm + kl + sum(norms.values())):
             raise TrainingError(
-                f"the loss is not finite at step {position.step} of {self.label} (lm {lm}, kl {kl}): "
+                f"the loss or its gradient is not finite at step {position.step + 1} of {self.label} "
+                f"(lm {lm}, kl {kl}, gradient norms {norms}): "
                 "lower index_lr or backbone_lr, or turn gradient_clipping on"
             )
         values = {

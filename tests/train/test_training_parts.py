@@ -272,19 +272,22 @@ def test_resumed_stage_does_not_measure_its_start_again(tiny, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_sentence(tiny, tmp_path):
     loop = scripted(tiny, tmp_path, [])
     sums = SimpleNamespace(lm=torch.tensor(float("nan")), kl={1: torch.tensor(1.0)})
-    with pytest.raises(TrainingError, match="not finite at step 5 of 0-warmup.*lower index_lr"):
-        loop._losses(sums, 1, Position(5, 5, 5))
+    with pytest.raises(TrainingError, match="not finite at step 6 of 0-warmup.*lower index_lr"):
+        loop._losses(sums, 1, Position(5, 5, 5), {})
+    finite = SimpleNamespace(lm=torch.tensor(2.0), kl={1: torch.tensor(1.0)})
+    with pytest.raises(TrainingError, match="gradient norms {'index': nan}"):
+        loop._losses(finite, 1, Position(5, 5, 5), {"index": float("nan")})
 
 
 def test_mean_over_layers_divides_lambda_and_the_reported_kl(tiny, tmp_path):
     loop = scripted(tiny, tmp_path, [])
     sums = SimpleNamespace(lm=torch.tensor(2.0), kl={1: torch.tensor(1.0), 2: torch.tensor(3.0)})
     assert loop.kl_scale == 1.0
-    assert loop._losses(sums, 1, Position())["train/loss_total"] == pytest.approx(6.0)
+    assert loop._losses(sums, 1, Position(), {})["train/loss_total"] == pytest.approx(6.0)
     loop.stage = tiny.stage("warmup", kl_reduction="mean", kl_weight=0.5)
     loop.__post_init__()
     assert loop.kl_scale == 0.25
-    values = loop._losses(sums, 1, Position())
+    values = loop._losses(sums, 1, Position(), {})
     assert values["train/loss_kl"] == pytest.approx(2.0)
     assert values["train/loss_total"] == pytest.approx(3.0)
 

@@ -58,9 +58,9 @@ def plain(tiny, start_folder) -> dict:
             input_ids=batch.input_ids, position_ids=batch.position_ids, msa_call=call
         ).logits
         lm = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
-        kl = torch.stack([report.kl for report in call.reports.values()]).sum()
+        kl = torch.stack([report.kl for report in call.reports.values()]).mean()
         optimizer.zero_grad()
-        (lm + kl).backward()
+        (lm + stage.kl_weight * kl).backward()
         for name, members in (("index", index), ("backbone", backbone)):
             squares = [p.grad.double().square().sum() for _, p in members]
             seen[name].append(float(torch.stack(squares).sum().sqrt()))

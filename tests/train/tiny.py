@@ -92,11 +92,15 @@ def save_converted(path: Path, *, init: str = "random") -> Path:
 
 
 def stage(kind: str, **fields: object) -> SparseStage | WarmupStage:
-    """A training stage of four steps; other fields as given."""
+    """A training stage of four steps; other fields as given.
+
+    The sparse one weighs the KL and takes the layers' mean, so that neither can be forgotten unseen.
+    """
     common = {"kind": kind, "steps": 4, "index_lr": 1e-2, "micro_batch_size": 2, **fields}
     if kind == "warmup":
         return WarmupStage.model_validate(common)
-    return SparseStage.model_validate({"backbone_lr": 1e-3, **common})
+    weighed = {"backbone_lr": 1e-3, "kl_weight": 0.3, "kl_reduction": "mean"}
+    return SparseStage.model_validate({**weighed, **common})
 
 
 def train_section(**fields: object) -> SimpleNamespace:
