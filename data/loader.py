@@ -26,6 +26,8 @@ HELDOUT_SEED = 20_260_613
 """Made held-out documents differ from those of every training seed in use."""
 CHARS_PER_TOKEN = 12
 """Text with more characters per token than this does not occur; saves counting tokens exactly."""
+LOOK_FACTOR = 64
+"""Times the wanted tokens that a held-out source is searched for documents that fill a row."""
 
 
 @dataclass
@@ -161,8 +163,9 @@ def heldout_rows(
 ) -> list[Batch]:
     """The first `count` held-out rows, each a Batch with B = 1; always the same ones.
 
-    Rows of prose are one document each, taken from several documents in turn; only where no document
-    is long enough are rows packed. Sources of kind recall get their share of the rows by weight.
+    Rows of prose are one document each, taken from several documents in turn; where too few documents
+    are long enough, or they are too far behind in their source, rows are packed. Sources of kind recall
+    get their share of the rows by weight.
 
     Raises:
         ValueError: the held-out sources hold too few tokens, or what `open_documents` refuses.
@@ -203,6 +206,9 @@ def _open_streams(
     if row_len < 2:
         raise ValueError(f"row_len={row_len} leaves no token to predict: use at least 2")
     opened = {s.name: open_documents(s, cache_dir) for s in sources if s.kind != "recall"}
+    for name, documents in opened.items():
+        if next(documents.read(0, None), None) is None:
+            raise ValueError(f"source {name!r} holds no text: the corpus is empty")
     entries = []
     for source in sources:
         if source.kind != "recall":
@@ -238,15 +244,12 @@ def _check_size(
     for entry in entries:
         if entry.documents is None:
             continue
-        before = held
         for _, text in entry.documents.read(0, None):
             chars += len(text)
             for part in tokenizer.document(text):
                 held += len(part)
                 if held >= needed or chars >= CHARS_PER_TOKEN * needed:
                     return
-        if held == before:
-            raise ValueError(f"source {entry.stream.name!r} holds no text: the corpus is empty")
     raise ValueError(
         f"the corpus is smaller than one batch: data.sources hold {held} tokens, and {rows} rows of "
         f"{row_len} tokens need {needed}; add documents, or use a shorter row or a smaller batch"
@@ -264,21 +267,35 @@ def _in_stored_order(
 def _one_document_rows(
     documents: Sequence[Documents], tokenizer: Tokenizer, row_len: int, count: int
 ) -> list[Row]:
-    """Up to `count` rows that are one document each, from up to 8 open documents in turn."""
-    waiting = _in_stored_order(documents, tokenizer)
-    opened: list[OpenDocument] = []
+    """Up to `count` rows that are one document each, from up to 8 open documents in turn.
+
+    A source of short documents only may be endless, as on the hub: each is left after `LOOK_FACTOR` times
+    the tokens that are wanted.
+    """
+    looked_at = [0] * len(documents)
+
+    def within_reach() -> Iterator[tuple[int, OpenDocument]]:
+        for place, source in enumerate(documents):
+            for position, text in source.read(0, None):
+                if looked_at[place] >= LOOK_FACTOR * count * row_len:
+                    break
+                yield place, OpenDocument(tokenizer, text, 0, position)
+
+    waiting = within_reach()
+    opened: list[tuple[int, OpenDocument]] = []
     rows: list[Row] = []
     while len(rows) < count:
-        if len(opened) < 8 and (document := next(waiting, None)) is not None:
-            opened.append(document)
+        if len(opened) < 8 and (found := next(waiting, None)) is not None:
+            opened.append(found)
         elif not opened:
             break
-        document = opened.pop(0)
+        place, document = opened.pop(0)
         piece = document.take(row_len)
+        looked_at[place] += len(piece)
         if len(piece) == row_len:
             rows.append(Row(piece, np.zeros(row_len, dtype=np.int32)))
             if not document.done:
-                opened.append(document)
+                opened.append((place, document))
     return rows
 
 

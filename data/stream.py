@@ -97,10 +97,14 @@ def _part_end(text: str, begin: int) -> int:
 
 
 class OpenDocument:
-    """A document being handed out; `offset` counts the tokens that are gone."""
+    """A document being handed out; `offset` counts the tokens that are gone.
+
+    `checksum` is the CRC-32 of its text, to notice on resuming that a file is another one.
+    """
 
     def __init__(self, tokenizer: Tokenizer, text: str, epoch: int, position: Position) -> None:
         self.epoch, self.position, self.offset = epoch, position, 0
+        self.checksum = zlib.crc32(text.encode("utf-8", "surrogatepass"))
         self._parts = tokenizer.document(text)
         self._rest = np.empty(0, dtype=np.int32)
         self._fill()
@@ -169,27 +173,41 @@ class TokenStream:
             "next": list(self._next),
             "exhausted": self._exhausted,
             "takes": self._takes,
-            "open": [[d.epoch, *d.position, d.offset] for d in self._open],
+            "open": [[d.epoch, *d.position, d.offset, d.checksum] for d in self._open],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was called, to the token."""
+        """Continue where `state_dict` was called, to the token.
+
+        Raises:
+            ValueError: an open document is gone or another text, or a changed tokenizer makes it shorter.
+        """
         self._start_epoch(state["epoch"])
         self._next = (state["next"][0], state["next"][1])
         self._exhausted, self._takes = state["exhausted"], state["takes"]
-        self._open = []
-        for epoch, unit, number, offset in state["open"]:
-            reader = self._documents.read(self._seed, epoch, (unit, number))
-            position, text = next(reader, (None, ""))
-            if position != (unit, number):
-                raise ValueError(
-                    f"source {self.name!r} changed since the checkpoint: its document {number} of "
-                    f"unit {unit} is gone; restore the files or start a new run"
-                )
-            document = OpenDocument(self._tokenizer, text, epoch, position)
-            if offset:
-                document.take(offset)
-            self._open.append(document)
+        self._open = [self._reopened(*entry) for entry in state["open"]]
+
+    def _reopened(
+        self, epoch: int, unit: int, number: int, offset: int, checksum: int
+    ) -> OpenDocument:
+        """A document of a state, at its offset; refused if it is not the one it was."""
+        position, text = next(self._documents.read(self._seed, epoch, (unit, number)), (None, ""))
+        if position != (unit, number):
+            raise self._changed(unit, number, "is gone")
+        document = OpenDocument(self._tokenizer, text, epoch, position)
+        if document.checksum != checksum:
+            raise self._changed(unit, number, "has another text")
+        if offset:
+            document.take(offset)
+        if document.done:
+            raise self._changed(unit, number, f"has no token left after {offset}")
+        return document
+
+    def _changed(self, unit: int, number: int, how: str) -> ValueError:
+        return ValueError(
+            f"source {self.name!r} changed since the checkpoint: its document {number} of unit "
+            f"{unit} {how}; restore the files and the tokenizer, or start a new run"
+        )
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._next, self._exhausted = epoch, (0, 0), False

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -24,11 +25,11 @@ from .run import (
     EXIT_BAD_RECIPE,
     Cluster,
     LaunchError,
-    ask_to_stop,
     child_environment,
     own_gpus,
     run,
     run_folder,
+    stop,
 )
 
 TRAIN_MODULE = "dense2sparse.train.run"
@@ -39,6 +40,8 @@ HANDED_OVER = {
     "report": ("dense2sparse.eval.report", "the report of a run's folder, made again"),
 }
 TAKE_A_RECIPE = ("preflight", "eval")
+VALUE_OPTIONS = ("--checkpoint", "--output", "--ranks")
+"""Options of `TAKE_A_RECIPE` whose next word is their value; a test compares them with the modules'."""
 
 
 def main(argv: Sequence[str] | None = None, *, module: str = TRAIN_MODULE) -> int:
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None, *, module: str = TRAIN_MODULE) -> in
             print(plan_text(recipe, str(run_folder(recipe))))
             return 0
         if options.command == "stop":
-            print(f"dense2sparse: asked to stop by the file {ask_to_stop(recipe)}")
+            print(f"dense2sparse: {stop(recipe)}")
             return 0
         cluster = Cluster(
             ranks=options.ranks,
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None, *, module: str = TRAIN_MODULE) -> in
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `plan ... | head`
         return 0
     except (RecipeError, LaunchError) as error:
-        print(f"dense2sparse: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_RECIPE
 
 
@@ -88,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     runs = commands.add_parser("run", help="start or continue a run on this machine or a cluster")
-    stop = commands.add_parser("stop", help="ask a run, also on other machines, to save and end")
+    stops = commands.add_parser("stop", help="ask a run, also on other machines, to save and end")
     plan = commands.add_parser("plan", help="print the resolved recipe and its stages")
     for name, (_, text) in HANDED_OVER.items():
         commands.add_parser(name, help=text)
-    for command in (runs, stop, plan):
+    for command in (runs, stops, plan):
         command.add_argument("recipe", help="YAML file, for example recipes/quickstart.yaml")
         command.add_argument(
             "overrides", nargs="*", metavar="a.b=c", help="values that replace the recipe's"
@@ -104,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--node_rank", type=int, help="with --no_ssh: this node's line in the hostfile"
     )
     runs.add_argument("--master_addr", help="address of the first node")
-    runs.add_argument("--master_port", type=_positive, help="default 29500; one node: a free port")
+    runs.add_argument("--master_port", type=_port, help="default 29500; one node: a free port")
     return parser
 
 
@@ -125,25 +128,50 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
+
+
+def _words(arguments: list[str]) -> list[str]:
+    """What is neither an option nor its value: the recipe and its overrides, in this order."""
+    words, is_value = [], False
+    for argument in arguments:
+        if argument.startswith("-"):
+            # argparse takes the beginning of an option for the option.
+            is_value = len(argument) > 2 and any(o.startswith(argument) for o in VALUE_OPTIONS)
+            continue
+        if not is_value:
+            words.append(argument)
+        is_value = False
+    return words
+
+
 def _hand_over(command: str, arguments: list[str]) -> int:
     """Become `python -m module`, after the recipe is known to be good; returns on a mistake only."""
     module, _ = HANDED_OVER[command]
-    wants_help = not arguments or arguments[0] in ("-h", "--help")
+    words = _words(arguments)
+    wants_help = "-h" in arguments or "--help" in arguments
     try:
-        if command in TAKE_A_RECIPE and not wants_help:
-            # The module reads its own options; a word with = and without dashes is an override.
-            overrides = [a for a in arguments[1:] if "=" in a and not a.startswith("-")]
-            load(arguments[0], overrides)
+        if command in TAKE_A_RECIPE and words and not wants_help:
+            load(words[0], words[1:])
         if importlib.util.find_spec(module) is None:
             raise LaunchError(
                 f"{command}: the module {module} is not installed; reinstall the package"
             )
         environ = child_environment(os.environ, own_gpus())
     except (RecipeError, LaunchError) as error:
-        print(f"dense2sparse: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_RECIPE
+    started = [sys.executable, "-m", module]
+    if not arguments:
+        subprocess.run([*started, "--help"], env=environ, stdout=2, check=False)
+        wanted = "a recipe" if command in TAKE_A_RECIPE else "a run's folder"
+        print(f"error: `dense2sparse {command}` needs {wanted}", file=sys.stderr)
         return EXIT_BAD_RECIPE
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", module, *(arguments or ["--help"])], environ)
+    os.execve(sys.executable, [*started, *arguments], environ)
 
 
 if __name__ == "__main__":

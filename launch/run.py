@@ -102,6 +102,19 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / recipe.name
 
 
+def stop(recipe: Recipe) -> str:
+    """Ask a run to stop; returns what was done, for the user.
+
+    Raises:
+        LaunchError: there is no such run.
+    """
+    folder = run_folder(recipe)
+    if is_finished(folder, fingerprint(recipe)):
+        (folder / "STOP").unlink(missing_ok=True)  # asked of it as it ended
+        return f"the run in {folder} is finished: there is nothing to stop"
+    return f"asked to stop by the file {ask_to_stop(recipe)}"
+
+
 def ask_to_stop(recipe: Recipe) -> Path:
     """Leave the file that every rank looks for at each step; returns its path.
 
@@ -148,7 +161,7 @@ def verdict(folder: Path, wanted: str, ending: Ending, wait_s: float) -> int:
     if ending.code == EXIT_BAD_RECIPE:
         return EXIT_BAD_RECIPE  # the rank has said why
     print(
-        f"dense2sparse: the run did not finish ({_how(ending.code)}, no finished.json of this "
+        f"error: the run did not finish ({_how(ending.code)}, no finished.json of this "
         f"recipe in {folder}); the messages above say why, and the same command continues from the "
         "last checkpoint",
         file=sys.stderr,
@@ -218,6 +231,9 @@ def child_environment(
     if gpus == []:
         child.setdefault("DS_ACCELERATOR", "cpu")
         child.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // (ranks or 1))))
+        # Threads that wait for each other spin by default. Where other programs want the cores too, they
+        # take them from the very threads they wait for.
+        child.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return child
 
 

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{out} exists: name another folder with --out")
         export(source, out, DTYPES[options.dtype])
     except (ValueError, OSError) as error:
-        print(f"dense2sparse: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{source} -> {out} ({options.dtype})")
     return 0

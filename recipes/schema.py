@@ -7,7 +7,7 @@ that need the checkpoint (head widths, number of layers) are checked by `model.g
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,21 @@ ALL_ARMS: tuple[Arm, ...] = (
     "converted_sparse",
     "converted_oracle",
 )
+RulerTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+]
+RULER_TASKS: tuple[str, ...] = get_args(RulerTask)
+"""What `eval/ruler_tasks.py` knows; a test compares them."""
 
 
 class Section(BaseModel):
@@ -271,7 +286,7 @@ class PerplexityStage(Section):
     """Held-out rows of data.row_len tokens."""
     top_k: list[int] = Field(default_factory=list)
     """Budgets of the sparse and oracle arms; default sparsity.top_k."""
-    arms: list[Arm] = list(ALL_ARMS)
+    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
     """Arms to measure."""
 
 
@@ -279,19 +294,19 @@ class RulerStage(Section):
     """RULER tasks on stored prompts, the same ones in every arm."""
 
     kind: Literal["ruler"]
-    tasks: list[str] = Field(default_factory=list)
+    tasks: list[RulerTask] = Field(default_factory=list)
     """Task names; default every task of the first form (eval/ruler.py)."""
-    lengths: list[int] = [4096]
+    lengths: list[Annotated[int, Field(ge=512)]] = Field([4096], min_length=1)
     """Prompt plus generation lengths in tokens."""
     samples: int = Field(50, ge=1)
     """Prompts per task and length."""
     top_k: list[int] = Field(default_factory=list)
     """Budgets of the sparse and oracle arms; default sparsity.top_k."""
-    arms: list[Arm] = list(ALL_ARMS)
+    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
     """Arms to measure."""
     corpus: Literal["ruler-pd"] = "ruler-pd"
     """Haystack text; `ruler-pd` is public-domain text and not comparable with published scores."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     """Seed of the prompts."""
 
 
@@ -322,7 +337,7 @@ Stage = Annotated[
 class Train(Section):
     """The loop around every training stage."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seeds weights, data order and dropout."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and reduces gradients in fp32."""
@@ -380,6 +395,19 @@ class Recipe(Section):
                     f"stages.{number}.row_len={row_len} is shorter than one block: use at least "
                     f"sparsity.block_size={block}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_leave_a_choice(self) -> Recipe:
+        forced = self.sparsity.local_blocks + self.sparsity.init_blocks
+        for number, stage in enumerate(self.stages):
+            for top_k in getattr(stage, "top_k", ()):
+                if top_k < forced + 1:
+                    raise ValueError(
+                        f"stages.{number}.top_k={top_k} leaves nothing to choose: "
+                        f"sparsity.local_blocks + init_blocks = {forced} are always kept, "
+                        f"so use at least {forced + 1}"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dense2sparse.data import loader as loader_module
 from dense2sparse.data import stream as stream_module
 from dense2sparse.data.documents import open_documents
 from dense2sparse.data.loader import RowLoader, heldout_rows
@@ -193,6 +194,33 @@ def test_held_out_rows_of_short_documents_are_packed(sources, tokenizer, tmp_pat
         heldout_rows(sources[1:], tokenizer, row_len=256, count=400, cache_dir=tmp_path)
 
 
+def test_search_for_long_held_out_documents_ends(
+    source, tokenizer, write_prose, tmp_path, monkeypatch
+):
+    class Endless:
+        name, num_open, num_read = "endless", 1, 0
+
+        def read(self, seed, epoch, start=(0, 0)):
+            for number in range(1_000_000):
+                self.num_read += 1
+                yield (0, number), "harbour winter letter"
+
+    endless = Endless()
+    (tmp_path / "long.txt").write_text(write_prose(12))
+    long = source(name="long", path=str(tmp_path / "long.txt"))
+    monkeypatch.setattr(
+        loader_module,
+        "open_documents",
+        lambda given, cache: endless if given.name == "endless" else open_documents(given, cache),
+    )
+    options = {"row_len": ROW, "count": 1, "cache_dir": tmp_path}
+    (packed,) = heldout_rows([source(name="endless")], tokenizer, **options)
+    assert int(packed.document_ids.max()) > 0 and endless.num_read < 3000
+    # A long document of the next source is found all the same.
+    (whole,) = heldout_rows([source(name="endless"), long], tokenizer, **options)
+    assert int(whole.document_ids.max()) == 0
+
+
 def test_held_out_recall_has_its_share_of_rows(sources, source, tokenizer, tmp_path):
     mixed = [*sources[:1], source(name="made", kind="recall", weight=2.0)]
     rows = heldout_rows(mixed, tokenizer, row_len=512, count=4, cache_dir=tmp_path)
@@ -209,11 +237,10 @@ def test_an_empty_corpus_is_refused(source, tokenizer, tmp_path):
 def test_an_empty_source_beside_a_full_one_is_refused(sources, source, tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     extra = source(name="void", path=str(tmp_path / "empty.txt"))
-    made = None
     with pytest.raises(ValueError, match="source 'void' holds no text"):
-        made = loader([*sources, extra], tokenizer, tmp_path)
-        for _ in range(6):
-            next(made)
+        loader([*sources, extra], tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="source 'void' holds no text"):
+        heldout_rows([*sources, extra], tokenizer, row_len=ROW, count=1, cache_dir=tmp_path)
 
 
 def test_a_corpus_smaller_than_one_batch_is_refused_with_both_counts(sources, tokenizer, tmp_path):
@@ -244,5 +271,30 @@ def test_a_position_whose_document_is_gone_is_refused(source, tokenizer, tmp_pat
     state = made.state_dict()
     changed = loader([source(path=str(tmp_path / "a.txt"))], tokenizer, tmp_path)
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match="source 'prose' changed since the checkpoint"):
+    with pytest.raises(ValueError, match="source 'prose' changed since the checkpoint.* is gone"):
         changed.load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-1] + "!", lambda text: text[:900]])
+def test_a_position_in_a_document_with_another_text_is_refused(
+    source, tokenizer, tmp_path, write_prose, change
+):
+    file = tmp_path / "a.txt"
+    file.write_text(write_prose(20))
+    made = loader([source(path=str(file))], tokenizer, tmp_path)
+    next(made)
+    state = json.loads(json.dumps(made.state_dict()))
+    loader([source(path=str(file))], tokenizer, tmp_path).load_state_dict(state)
+    file.write_text(change(file.read_text()))
+    with pytest.raises(ValueError, match="changed since .* document 0 of unit 0 has another text"):
+        loader([source(path=str(file))], tokenizer, tmp_path).load_state_dict(state)
+
+
+def test_a_position_behind_a_documents_end_is_refused(source, tokenizer, tmp_path, write_prose):
+    (tmp_path / "a.txt").write_text(write_prose(20))
+    made = loader([source(path=str(tmp_path / "a.txt"))], tokenizer, tmp_path)
+    next(made)
+    state = json.loads(json.dumps(made.state_dict()))
+    state["mixture"]["streams"]["prose"]["open"][0][3] = 10_000_000  # as of another tokenizer
+    with pytest.raises(ValueError, match="has no token left after 10000000"):
+        made.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from toy_cluster import ROOT, ToyCluster
 
 from dense2sparse.launch import cli
 from dense2sparse.launch.processes import Ending
-from dense2sparse.launch.run import is_finished, verdict
+from dense2sparse.launch.run import is_finished, run_folder, verdict
+from dense2sparse.recipes.load import fingerprint, load
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 
@@ -37,11 +39,11 @@ def test_plan_takes_under_a_second_and_never_imports_torch() -> None:
 
 def test_plan_counts_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = [
-        "stages.1.steps=7",
-        "stages.1.micro_batch_size=2",
-        "stages.1.gradient_accumulation=3",
+        "stages.2.steps=7",
+        "stages.2.micro_batch_size=2",
+        "stages.2.gradient_accumulation=3",
     ]
-    assert cli.main(["plan", QUICKSTART, *changes, "stages.1.row_len=512"]) == 0
+    assert cli.main(["plan", QUICKSTART, *changes, "stages.2.row_len=512"]) == 0
     assert "7 steps x 3,072 tokens = 21,504 tokens per rank" in capsys.readouterr().out
 
 
@@ -52,7 +54,7 @@ def test_bad_recipe_is_one_sentence_and_exit_code_2(
     assert cli.main([command, QUICKSTART, f"output_dir={tmp_path}", "sparsity.topk=4"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert "sparsity.topk=4: unknown key; the nearest valid key is sparsity.top_k" in captured.err
     assert not list(tmp_path.iterdir())
 
@@ -89,7 +91,14 @@ def test_impossible_cluster_is_one_sentence(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run"], ["walk"], ["run", QUICKSTART, "--ranks", "0"], ["plan", QUICKSTART, "-x"]],
+    [
+        ["run"],
+        ["walk"],
+        ["run", QUICKSTART, "--ranks", "0"],
+        ["run", QUICKSTART, "--master_port", "0"],
+        ["run", QUICKSTART, "--master_port", "65536"],
+        ["plan", QUICKSTART, "-x"],
+    ],
 )
 def test_misused_command_ends_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ending:
@@ -100,6 +109,68 @@ def test_misused_command_ends_with_2(arguments: list[str]) -> None:
 def test_stop_without_a_run_is_refused(cluster: ToyCluster) -> None:
     code, output = cluster.finish(cluster.start("dense2sparse", "stop", "toy.yaml"))
     assert (code, "there is no run in" in output) == (2, True)
+
+
+def test_stop_of_a_finished_run_says_so_and_asks_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = f"output_dir={tmp_path}"
+    recipe = load(QUICKSTART, [output])
+    folder = run_folder(recipe)
+    folder.mkdir()
+    assert cli.main(["stop", QUICKSTART, output]) == 0
+    assert (folder / "STOP").exists() and "asked to stop" in capsys.readouterr().out
+    (folder / "finished.json").write_text(json.dumps({"fingerprint": fingerprint(recipe)}))
+    assert cli.main(["stop", QUICKSTART, output]) == 0
+    assert not (folder / "STOP").exists()
+    assert "is finished: there is nothing to stop" in capsys.readouterr().out
+
+
+@pytest.fixture
+def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments of the modules that the command would have become."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli.os, "execve", lambda program, words, environ: seen.append(words[2:]))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "before",
+    [["--checkpoint", "folder"], ["--checkpoint=folder"], ["--check", "a", "--output", "b"], []],
+)
+def test_recipe_is_found_and_checked_behind_options(
+    before: list[str], handed_over: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["eval", *before, QUICKSTART, "train.seed=3"])
+    assert handed_over == [["dense2sparse.eval.run", *before, QUICKSTART, "train.seed=3"]]
+    assert cli.main(["eval", *before, QUICKSTART, "--output", "c", "sparsity.topk=4"]) == 2
+    assert "sparsity.topk=4: unknown key" in capsys.readouterr().err
+    assert len(handed_over) == 1
+
+
+def test_options_with_a_value_are_those_of_the_modules() -> None:
+    found = {"--local_rank"}  # of the launcher only
+    for command in cli.TAKE_A_RECIPE:
+        module = cli.HANDED_OVER[command][0]
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
+        )
+        options = done.stdout.partition("options:")[2]
+        found |= set(re.findall(r"^ +(?:-\w, )?(--\w+)[ ,]+[A-Z]", options, flags=re.MULTILINE))
+    assert found - {"--local_rank"} == set(cli.VALUE_OPTIONS)
+
+
+@pytest.mark.parametrize("command", ["preflight", "eval", "export", "report"])
+def test_command_without_arguments_helps_and_ends_with_2(
+    command: str, handed_over: list[list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == "" and not handed_over
+    assert f"usage: dense2sparse {command}" in captured.err
+    assert captured.err.splitlines()[-1].startswith(f"error: `dense2sparse {command}` needs a r")
+    cli.main([command, "-h"])
+    assert handed_over == [[cli.HANDED_OVER[command][0], "-h"]]
 
 
 def test_output_folder_that_cannot_be_written_is_refused(cluster: ToyCluster) -> None:

@@ -75,6 +75,12 @@ def test_cpu_ranks_share_the_cores_and_say_cpu() -> None:
     assert child_environment({"OMP_NUM_THREADS": "7"}, [])["OMP_NUM_THREADS"] == "7"
 
 
+def test_cpu_threads_wait_without_spinning_unless_asked_to() -> None:
+    assert child_environment({}, [])["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert child_environment({"OMP_WAIT_POLICY": "ACTIVE"}, [])["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "OMP_WAIT_POLICY" not in child_environment({}, [0])
+
+
 def test_forwarded_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,4 +137,4 @@ def test_missing_pdsh_is_one_sentence(two_nodes: ToyCluster) -> None:
     process = two_nodes.start(script, "hosts", "toy.yaml", PATH=str(two_nodes.programs))
     code, output = two_nodes.finish(process)
     assert code == 2
-    assert output.startswith("dense2sparse: pdsh is not installed") and output.count("\n") == 1
+    assert output.startswith("error: pdsh is not installed") and output.count("\n") == 1

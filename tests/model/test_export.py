@@ -58,7 +58,8 @@ def test_an_unfinished_stage_is_not_taken(run):
 
 def test_mistakes_are_one_sentence(run, tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert "holds no converted model" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "holds no converted model" in error
     (tmp_path / "out").mkdir()
     assert main([str(run), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

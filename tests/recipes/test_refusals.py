@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dense2sparse.eval import ruler
 from dense2sparse.recipes.load import RecipeError, load
+from dense2sparse.recipes.schema import RULER_TASKS
 
 RECIPE = """\
 name: tiny
@@ -23,6 +25,8 @@ stages:
   - {kind: probe}
   - {kind: warmup, steps: 3}
   - {kind: sparse, tokens: 1e6}
+  - {kind: perplexity}
+  - {kind: ruler}
 train: {precision: fp32}
 """
 
@@ -115,12 +119,25 @@ def test_tiny_recipe_itself_is_good(tmp_path: Path) -> None:
         ("data.sources.0.weight=0", "data.sources.0.weight=0: must be greater than 0"),
         ("data.heldout.0.corpus=prose", "data: heldout 'other' reads the same text as the source"),
         ("data.heldout=[]", "stages.0 (kind=probe) measures on held-out rows"),
+        # what only an evaluation at the end of the run would meet
+        ("stages.0.top_k=[4,1]", "stages.0.top_k=1 leaves nothing to choose"),
+        ("stages.3.top_k=[1]", "stages.3.top_k=1 leaves nothing to choose"),
+        ("stages.4.top_k=[0]", "stages.4.top_k=0 leaves nothing to choose"),
+        ("stages.4.top_k=[1]", "local_blocks + init_blocks = 1 are always kept, so use at least 2"),
+        ("stages.3.arms=[]", "stages.3.arms=[]: too short: at least 1 needed"),
+        ("stages.4.arms=[]", "stages.4.arms=[]: too short: at least 1 needed"),
+        ("stages.4.lengths=[]", "stages.4.lengths=[]: too short: at least 1 needed"),
+        ("stages.4.lengths=[1024,511]", "stages.4.lengths.1=511: must be at least 512"),
+        ("stages.4.tasks=[vt,niah_sing_1]", 'stages.4.tasks.1="niah_sing_1": must be one of niah_'),
+        ("stages.4.tasks=[niah_sing_1]", "the nearest is niah_single_1"),
+        ("stages.4.seed=-1", "stages.4.seed=-1: must be at least 0"),
+        ("train.seed=-1", "train.seed=-1: must be at least 0"),
         ("train.seed=.nan", "override 'train.seed=.nan': .nan is not a finite number"),
         # overrides themselves
         ("train.seed", "override 'train.seed': write it as section.key=value"),
         ("=3", "override '=3': write it as section.key=value"),
-        ("stages.9.steps=3", "stages is a list; '9' must be a number from 0 to 2"),
-        ("stages.-1.steps=3", "'-1' must be a number from 0 to 2"),
+        ("stages.9.steps=3", "stages is a list; '9' must be a number from 0 to 4"),
+        ("stages.-1.steps=3", "'-1' must be a number from 0 to 4"),
         ("name.x=3", "override 'name.x=3': name='tiny' is a value, so it has no key 'x'"),
         ("train.seed=!!int 3", "the tag '!!int' is not allowed"),
         ("train.seed=[", "not valid YAML"),
@@ -132,6 +149,20 @@ def test_mistake_is_one_sentence(override: str, sentence: str | None, tmp_path: 
         load(tmp_path / "recipe.yaml", [override])
         return
     assert sentence in refusal(tmp_path, override)
+
+
+def test_smallest_budget_that_leaves_a_choice_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load(tmp_path / "recipe.yaml", ["sparsity.init_blocks=1", "stages.3.top_k=[3]"])
+    assert recipe.stages[3].top_k == [3]
+    assert "use at least 3" in refusal(tmp_path, "sparsity.init_blocks=1", "stages.3.top_k=[2]")
+
+
+def test_recipe_and_evaluation_know_the_same_ruler_tasks_and_lengths(tmp_path: Path) -> None:
+    assert tuple(ruler.TASKS) == RULER_TASKS
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    load(tmp_path / "recipe.yaml", [f"stages.4.lengths=[{ruler.MIN_LENGTH}]"])
+    assert "must be at least" in refusal(tmp_path, f"stages.4.lengths=[{ruler.MIN_LENGTH - 1}]")
 
 
 @pytest.mark.parametrize(
