@@ -20,7 +20,8 @@ from .records import read_lines, to_lines, write_json, write_text
 from .ruler import LABEL, DoesNotFit, Generator, Sample, tokenizer_fingerprint
 from .sources import RulerWords
 
-_FORMAT = 1
+_MADE_BY = ("ruler.py", "ruler_tasks.py")
+"""Sources that decide what a prompt says, how it is sized and how answers to it are scored."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _identity(
 ) -> dict[str, Any]:
     corpus = hashlib.sha256(json.dumps(sorted(works.items())).encode()).hexdigest()
     return {
-        "format": _FORMAT,
+        "code": code_digest(Path(__file__).parent),
         "label": LABEL,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "words": words.digest,
@@ -125,6 +126,14 @@ def _identity(
         "samples": samples,
         "seed": seed,
     }
+
+
+def code_digest(folder: Path) -> str:
+    """sha256 over the prompts' sources in `folder`, so that changed code never meets old prompts."""
+    digest = hashlib.sha256()
+    for name in _MADE_BY:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _make(

@@ -10,23 +10,23 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .errors import sentence
 from .records import write_text
 from .report_blocks import Page, to_html, to_markdown
 from .report_data import RunFiles, read_run
 from .report_results import perplexity_section, probe_section, ruler_section
 from .report_run import (
-    cards,
     environment_section,
     index_section,
     missing_section,
     training_section,
-    verdict,
 )
 from .report_style import STYLE
+from .report_verdict import cards, verdict
 
 _COLUMNS = ("kind", "stage", "length", "task", "arm", "measure", "value", "low", "high", "samples")
 
@@ -105,16 +105,20 @@ def _ruler_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
             for task, cell in tasks.items():
                 shared = {"length": length, "task": task, "arm": label, "samples": cell["samples"]}
                 yield {**shared, "measure": "score", "value": cell["score"]}
-            yield {"length": length, "task": "mean", "arm": label, "measure": "score"} | {
-                "value": arm["means"][length]
-            }
+            shared = {"length": length, "task": _mean_of(tasks), "arm": label}
+            yield {**shared, "measure": "score", "value": arm["means"][length]}
     for pair in result["comparisons"]:
         for entry in pair["lengths"]:
             measure = f"{pair['meaning']} (points lost)"
-            yield {"length": entry["length"], "task": "mean", **_gap(pair, measure, entry["lost"])}
+            mean = _mean_of(task["task"] for task in entry["tasks"])
+            yield {"length": entry["length"], "task": mean, **_gap(pair, measure, entry["lost"])}
             for task in entry["tasks"]:
                 shared = {"length": entry["length"], "task": task["task"]}
                 yield {**shared, **_gap(pair, measure, task["lost"])}
+
+
+def _mean_of(tasks: Iterable[str]) -> str:
+    return f"mean of {' + '.join(sorted(tasks))}"
 
 
 def _probe_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -141,10 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m dense2sparse.eval.report RUN_DIR`; exit code 2 for a folder that cannot be read."""
     parser = argparse.ArgumentParser(prog="dense2sparse report", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a run, such as runs/quickstart")
+    options = parser.parse_args(arguments)
     try:
-        files = write_report(parser.parse_args(arguments).run_dir)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        files = write_report(options.run_dir)
+    except (ValueError, OSError) as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return 2
     for path in files.values():
         print(path)

@@ -23,10 +23,27 @@ class RunFiles:
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
     """stage number -> its done.json."""
 
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """Result of the last stage of a kind."""
-        results = self.results.get(kind)
-        return results[-1] if results else None
+    def final(self, kind: str) -> list[dict[str, Any]]:
+        """Results of a kind that measured the newest weights that any comparison of arms measured."""
+        measured = [one for kind in ("perplexity", "ruler") for one in self.results.get(kind, [])]
+        if not measured:
+            return []
+        newest = max(measured, key=lambda one: one["stage"])
+        wanted = newest.get("state"), newest.get("after")
+        return [one for one in self.results[kind] if (one.get("state"), one.get("after")) == wanted]
+
+    def trainings(self) -> list[str]:
+        """Labels of the recipe's training stages, such as `2-warmup`."""
+        stages = enumerate(self.recipe.get("stages", []))
+        return [f"{n}-{one['kind']}" for n, one in stages if one["kind"] in ("warmup", "sparse")]
+
+    def top_k(self) -> int | None:
+        """The budget that was trained for: of the checkpoint that was measured, else the recipe's."""
+        for one in [*self.results["perplexity"], *self.results["ruler"], *self.results["probe"]]:
+            if "checkpoint_top_k" in one:
+                return int(one["checkpoint_top_k"])
+        wanted = self.recipe.get("sparsity", {}).get("top_k")
+        return int(wanted) if wanted else None
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(training tokens, value) of a metric."""
@@ -54,6 +71,11 @@ class RunFiles:
                     if key.startswith(prefix):
                         values[int(key.removeprefix(prefix))] = value
         return dict(sorted(values.items()))
+
+
+def duration(done: dict[str, Any]) -> float:
+    """Seconds of a stage, from its done.json."""
+    return float(done.get("seconds") or done.get("seconds_since_start_or_resume") or 0.0)
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -84,7 +106,11 @@ def read_run(run_dir: Path) -> RunFiles:
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    results = [_json(path) for path in folder.glob("stage-*.json")]
+    results = []
+    for path in folder.glob("stage-*.json"):
+        results.append(_json(path))
+        if not isinstance(results[-1].get("stage"), int):
+            raise ValueError(f"{path} names no stage: delete it and run again")
     return sorted(results, key=lambda result: result["stage"])
 
 
@@ -95,7 +121,9 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and run again") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): delete it and run again")
+    return content
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -106,8 +134,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}, is damaged ({error})") from error
+            continue
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}, is damaged (no JSON object)")
+        records.append(record)
     return records

@@ -5,6 +5,7 @@ Every interval is 95 % and paired. Positive costs are losses: perplexity that ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +53,42 @@ def span(interval: dict[str, Any], digits: int = 2) -> str:
     return f"{signed(interval['low'], digits)} to {signed(interval['high'], digits)}"
 
 
-def when(result: dict[str, Any]) -> str:
+def when(run: RunFiles, result: dict[str, Any]) -> str:
     """Which training stages had been run before a measurement, or which checkpoint it was."""
     if result.get("state"):
         return str(result["state"])
     trained = result.get("after") or []
-    return "after " + ", ".join(trained) if trained else "before training"
+    return "after " + ", ".join(trained) if trained else f"before training: {start_name(run)}"
+
+
+def start_name(run: RunFiles) -> str:
+    """What the index branch is before it is trained."""
+    made = run.recipe.get("sparsity", {}).get("init", "pca")
+    return {"pca": "closed-form start"}.get(made, f"{made} start")
+
+
+def measured_tasks(result: dict[str, Any], length: int | str | None = None) -> list[str]:
+    """Tasks of a RULER stage that have scores, at one length or any."""
+    scores = [arm["scores"] for arm in result["arms"].values()]
+    return sorted(
+        {
+            task
+            for by_length in scores
+            for known, tasks in by_length.items()
+            if length is None or known == str(length)
+            for task in tasks
+        }
+    )
+
+
+def ruler_name(tasks: Sequence[str]) -> str:
+    """One task by its name, several as the mean that a figure is of."""
+    return f"RULER {tasks[0]}" if len(tasks) == 1 else f"RULER mean of {listed(tasks)}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
 
 
 def perplexity_section(run: RunFiles) -> Section:
@@ -67,20 +98,18 @@ def perplexity_section(run: RunFiles) -> Section:
         arms = result["arms"]
         base = "original_dense" if "original_dense" in arms else next(iter(arms))
         caption = (
-            f"{when(result)}; {result['rows']} held-out rows of {result['row_len']} tokens "
+            f"{when(run, result)}; {result['rows']} held-out rows of {result['row_len']} tokens "
             f"({result['blocks']} blocks each), the same rows in every arm; "
             f"below each the change against {LETTERS[base][0]}"
         )
         section.blocks.append(_perplexity_table(arms, base, caption))
-        if result is not run.last("perplexity"):
-            continue
         costs = [
             _Cost(pair["meaning"], _budget(pair["second"]), pair["change_pct"])
             for pair in result["comparisons"]
         ]
         caption = (
-            f"per cent of perplexity, with 95 % intervals from {result['rows']} paired rows"
-            f"{_few(result['rows'])}; positive is worse"
+            f"{when(run, result)}; per cent of perplexity, with 95 % intervals from {result['rows']} "
+            f"paired rows{_few(result['rows'])}; positive is worse"
         )
         section.blocks.extend(_costs(costs, caption, "perplexity that is added, per cent"))
     return section
@@ -89,15 +118,16 @@ def perplexity_section(run: RunFiles) -> Section:
 def ruler_section(run: RunFiles) -> Section:
     """Task by arm, means, costs, examples that flipped."""
     section = Section("RULER tasks")
+    final = run.final("ruler")
     for result in run.results["ruler"]:
         section.blocks.append(Text(f"Corpus {result['label']}.", "warn"))
         for length in map(str, result["lengths"]):
-            table = _ruler_table(result, length)
+            table = _ruler_table(result, length, when(run, result))
             if table is not None:
                 section.blocks.append(table)
-            if result is run.last("ruler"):
+            if result in final:
                 section.blocks.extend(_ruler_costs(result, int(length)))
-        if result is run.last("ruler"):
+        if result in final:
             section.blocks.extend(_ruler_notes(result))
             section.blocks.extend(_flips(result))
     return section
@@ -127,7 +157,7 @@ def probe_section(run: RunFiles) -> Section:
         columns = ["budget", "oracle coverage, mean", "worst layer", "loss added by the oracle"]
         columns += ["index branch: learned coverage, mean", "worst layer", "needle score"]
         caption = (
-            f"{when(result)}; {result['rows']} rows of {result['row_len']} tokens, blocks of "
+            f"{when(run, result)}; {result['rows']} rows of {result['row_len']} tokens, blocks of "
             f"{result['block_size']}; coverage is the share of attention mass in the kept blocks"
         )
         section.blocks.append(Table(columns, rows, caption))
@@ -228,18 +258,19 @@ def _ruler_costs(result: dict[str, Any], length: int) -> list[Block]:
                 pairs = entry["lost"]["samples"]
                 budget = _budget(pair["second"])
                 costs.append(_Cost(pair["meaning"], budget, entry["lost"], entry["unseen_share"]))
+    name = ruler_name(measured_tasks(result, length))
     caption = (
-        f"points lost at {length} tokens, mean over tasks, with 95 % intervals from {pairs} paired "
+        f"{name}: points lost at {length} tokens, with 95 % intervals from {pairs} paired "
         f"answers{_few(pairs)}; positive is worse"
     )
-    return _costs(costs, caption, "points that are lost, mean over tasks")
+    return _costs(costs, caption, f"points that are lost, {name}")
 
 
-def _ruler_table(result: dict[str, Any], length: str) -> Table | None:
+def _ruler_table(result: dict[str, Any], length: str, state: str) -> Table | None:
     arms = {label: arm for label, arm in result["arms"].items() if length in arm["scores"]}
     if not arms:
         return None
-    tasks = sorted({task for arm in arms.values() for task in arm["scores"][length]})
+    tasks = measured_tasks(result, length)
     rows: list[list[Cell | str]] = []
     for task in tasks:
         row: list[Cell | str] = [task]
@@ -249,11 +280,13 @@ def _ruler_table(result: dict[str, Any], length: str) -> Table | None:
             mark = "*" if cell["uninformative"] else ""
             row.append(Cell(f"{cell['score']:.1f}{mark}", cell["score"], note))
         rows.append(row)
-    average = [Cell(f"{arm['means'][length]:.1f}", arm["means"][length]) for arm in arms.values()]
-    rows.append(["mean over tasks", *average])
+    if len(tasks) > 1:
+        means = [arm["means"][length] for arm in arms.values()]
+        average = [Cell(f"{mean:.1f}", mean) for mean in means]
+        rows.append([f"mean of these {len(tasks)} tasks", *average])
     rows.append(["seconds, all lengths", *(f"{arm['seconds']:.0f}" for arm in arms.values())])
     caption = (
-        f"{when(result)}; {length} tokens, {result['samples']} prompts a task, the same in every arm. "
+        f"{state}; {length} tokens, {result['samples']} prompts a task, the same in every arm. "
         "* below 10 or above 99: says little about a difference"
     )
     return Table(["task", *map(arm_name, arms)], rows, caption)
@@ -261,6 +294,7 @@ def _ruler_table(result: dict[str, Any], length: str) -> Table | None:
 
 def _ruler_notes(result: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
+    name = f"{', '.join(measured_tasks(result)) or 'RULER'} ({result['samples']} prompts a task)"
     for skipped in result["skipped"]:
         blocks.append(Text(f"Left out at {skipped['length']} tokens: {skipped['reason']}.", "warn"))
     changed = [
@@ -273,11 +307,11 @@ def _ruler_notes(result: dict[str, Any]) -> list[Block]:
     ]
     if changed:
         blocks.append(
-            Text("Cells that differ by McNemar's exact test: " + "; ".join(changed) + ".")
+            Text(f"{name}: cells that differ by McNemar's exact test: {'; '.join(changed)}.")
         )
     else:
         blocks.append(
-            Text("No single cell differs by McNemar's exact test after Holm's correction.")
+            Text(f"{name}: no single cell differs by McNemar's exact test after Holm's correction.")
         )
     return blocks
 
@@ -295,7 +329,9 @@ def _flips(result: dict[str, Any]) -> list[Block]:
             for flip in lost
         )
         budget = pair["second"].partition("-k")[2]
-        blocks.append(Details(f"Answers lost with sparse attention at k = {budget}", text))
+        tasks = listed(measured_tasks(result))
+        summary = f"Answers lost with sparse attention at k = {budget}: {tasks}"
+        blocks.append(Details(summary, text))
     return blocks
 
 

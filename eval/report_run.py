@@ -1,14 +1,13 @@
-"""Report sections of the run itself: verdict, curves, index branch, environment, what is missing."""
+"""Report sections of the run itself: curves, index branch, environment, what is missing."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from .charts import Series, line_chart
-from .report_blocks import Card, Cell, Chart, Details, Section, Table, Text
-from .report_data import RunFiles
-from .report_results import signed, span, when
+from .report_blocks import Cell, Chart, Details, Section, Table, Text
+from .report_data import RunFiles, duration
+from .report_results import measured_tasks, when
 
 _CURVES = (
     (
@@ -31,111 +30,6 @@ _CURVES = (
         (("train/grad_norm/backbone", "backbone"), ("train/grad_norm/index", "index branch")),
     ),
 )
-
-
-def main_budget(run: RunFiles) -> int | None:
-    """The recipe's budget where it was measured, else the largest that was."""
-    measured = sorted(
-        {
-            int(label.partition("-k")[2])
-            for kind in ("perplexity", "ruler")
-            for label in ((run.last(kind) or {}).get("arms") or {})
-            if "-k" in label
-        }
-    )
-    wanted = run.recipe.get("sparsity", {}).get("top_k")
-    return wanted if wanted in measured else (measured[-1] if measured else None)
-
-
-def verdict(run: RunFiles) -> list[str]:
-    """What the conversion cost, in sentences with intervals."""
-    top_k = main_budget(run)
-    if top_k is None:
-        return ["Nothing has been measured yet: no evaluation stage of this run has finished."]
-    perplexity, ruler = run.last("perplexity"), run.last("ruler")
-    parts: list[str] = []
-    gap = _main_pair(perplexity, top_k)
-    if gap:
-        change = gap["change_pct"]
-        parts.append(
-            f"perplexity is {_moved(change['estimate'], 2, ' %')} than {_reference(gap)} "
-            f"({_interval(change, 2, ' %')})"
-        )
-    lost = _main_pair(ruler, top_k)
-    for entry in lost["lengths"] if lost else []:
-        gain = {name: -entry["lost"][name] for name in ("estimate", "low", "high")}
-        gain["low"], gain["high"] = gain["high"], gain["low"]
-        where = f"the RULER mean at {entry['length']} tokens"
-        if entry["unseen_share"] is None:
-            moved = f"{_moved(gain['estimate'], 1, ' points')} ({_interval(gain, 1, ' points')})"
-        else:
-            moved = f"the same in all {entry['lost']['samples']} answers"
-        parts.append(f"{where} is {moved}")
-    blocks = f" of {perplexity['blocks']}" if perplexity else ""
-    if not parts:
-        return [
-            f"Read with {top_k}{blocks} blocks: measured, but without a pair of arms to compare."
-        ]
-    said = ", ".join(parts[:-1]) + (", and " if parts[1:] else "") + parts[-1]
-    lines = [f"Reading {top_k}{blocks} blocks, {said}."]
-    source = _decomposition(perplexity, top_k)
-    return [*lines, source] if source else lines
-
-
-def _main_pair(result: dict[str, Any] | None, top_k: int) -> dict[str, Any] | None:
-    """What sparsity alone cost, or the whole conversion where dense attention was not measured."""
-    if result is None:
-        return None
-    return _pair(result, "cost of sparsity", top_k) or _pair(result, "whole conversion", top_k)
-
-
-def _reference(pair: dict[str, Any]) -> str:
-    dense = pair["first"] == "converted_dense"
-    return "with full attention" if dense else "that of the original model"
-
-
-def _moved(value: float, digits: int, unit: str) -> str:
-    word = "higher" if value >= 0 else "lower"
-    return f"{abs(value):.{digits}f}{unit} {word}"
-
-
-def _interval(gap: dict[str, Any], digits: int, unit: str) -> str:
-    zero = ", zero is inside" if gap["low"] <= 0 <= gap["high"] else ""
-    return f"95 % interval {span(gap, digits)}{unit}{zero}"
-
-
-def cards(run: RunFiles) -> list[Card]:
-    """Headline figures; only what was measured."""
-    found: list[Card] = []
-    top_k = main_budget(run)
-    sparse, dense = f"converted_sparse-k{top_k}", "converted_dense"
-    perplexity, ruler = run.last("perplexity"), run.last("ruler")
-    if perplexity and sparse in perplexity["arms"]:
-        arms = perplexity["arms"]
-        against = f"{arms[dense]['perplexity']:.2f} dense" if dense in arms else ""
-        found.append(Card(f"{arms[sparse]['perplexity']:.2f}", f"perplexity, k = {top_k}", against))
-    if ruler and sparse in ruler["arms"]:
-        for length, mean in ruler["arms"][sparse]["means"].items():
-            base = ruler["arms"].get(dense, {}).get("means", {}).get(length)
-            against = f"{base:.1f} dense" if base is not None else ""
-            found.append(Card(f"{mean:.1f}", f"RULER mean at {length}, k = {top_k}", against))
-    stages = [
-        (label, layers)
-        for number, label in run.training_stages()
-        if (layers := run.by_layer("learned_coverage", number))
-    ]
-    if stages:
-        label, layers = stages[-1]
-        worst = min(layers, key=lambda layer: layers[layer])
-        mean = sum(layers.values()) / len(layers)
-        detail = f"worst layer {layers[worst]:.3f} (layer {worst}), after {label}"
-        found.append(Card(f"{mean:.3f}", "learned coverage, mean", detail))
-    tokens = max((record.get("tokens", 0) for record in run.metrics), default=0)
-    if tokens:
-        seconds = _seconds(run, ("warmup", "sparse"))
-        detail = f"{seconds / 60:.1f} min of training" if seconds else ""
-        found.append(Card(f"{tokens:,}", "training tokens", detail))
-    return found
 
 
 def training_section(run: RunFiles) -> Section:
@@ -165,12 +59,11 @@ def index_section(run: RunFiles) -> Section:
     section = Section("Index branch: learned coverage after each stage")
     states: list[tuple[str, dict[int, float]]] = []
     for result in run.results["probe"]:
-        wanted = run.recipe.get("sparsity", {}).get("top_k")
         for entry in result["budgets"]:
             layers = entry["layers"].get("learned_coverage")
-            if layers and entry["top_k"] == wanted:
+            if layers and entry["top_k"] == run.top_k():
                 named = {int(layer): value for layer, value in layers.items()}
-                states.append((f"probe {when(result)}", named))
+                states.append((f"probe {when(run, result)}", named))
     for number, label in run.training_stages():
         layers = run.by_layer("learned_coverage", number)
         if layers:
@@ -208,16 +101,20 @@ def missing_section(run: RunFiles) -> Section:
     ):
         if not run.results[kind]:
             section.blocks.append(Text(f"Not measured: {words}."))
-    longbench = run.last("longbench")
-    reason = longbench["reason"] if longbench else "no such stage in this run"
+    longbench = run.results["longbench"]
+    reason = longbench[-1]["reason"] if longbench else "no such stage in this run"
     section.blocks.append(Text(f"Not measured: LongBench ({reason})."))
-    ruler = run.last("ruler")
-    if ruler:
+    for ruler in run.final("ruler"):
+        tasks = ", ".join(measured_tasks(ruler)) or "no task"
         section.blocks.append(
             Text(
-                f"RULER: {ruler['label']}. The question-answering tasks are not part of this version. With "
-                f"{ruler['samples']} prompts a task, intervals are wide; read them, not the points."
+                f"RULER, {tasks}: {ruler['label']}. With {ruler['samples']} prompts a task, intervals are "
+                "wide; read them, not the points."
             )
+        )
+    if run.results["ruler"]:
+        section.blocks.append(
+            Text("RULER: the question-answering tasks are not part of this version.")
         )
     section.blocks.append(
         Text(
@@ -242,9 +139,9 @@ def environment_section(run: RunFiles) -> Section:
     else:
         section.blocks.append(Text("No environment.json in the run's folder.", "warn"))
     times: list[list[Cell | str]] = [
-        [f"{number}-{done.get('kind', '')}", f"{_duration(done):.0f} s"]
+        [f"{number}-{done.get('kind', '')}", f"{duration(done):.0f} s"]
         for number, done in run.done.items()
-        if _duration(done)
+        if duration(done)
     ]
     if times:
         section.blocks.append(Table(["stage", "time"], times))
@@ -271,37 +168,3 @@ def _checksums(run: RunFiles) -> list[list[Cell | str]]:
         if "checkpoint" in one
     ]
     return [[name, digest[:16]] for name, digest in found]
-
-
-def _duration(done: dict[str, Any]) -> float:
-    return float(done.get("seconds") or done.get("seconds_since_start_or_resume") or 0.0)
-
-
-def _seconds(run: RunFiles, kinds: tuple[str, ...]) -> float:
-    return sum(_duration(done) for done in run.done.values() if done.get("kind") in kinds)
-
-
-def _pair(result: dict[str, Any], meaning: str, top_k: int | None) -> dict[str, Any] | None:
-    for pair in result["comparisons"]:
-        budget = pair["second"].partition("-k")[2]
-        if pair["meaning"] == meaning and (not budget or int(budget) == top_k):
-            return pair
-    return None
-
-
-def _decomposition(perplexity: dict[str, Any] | None, top_k: int) -> str:
-    """Where the perplexity went."""
-    if not perplexity:
-        return ""
-    named = (
-        ("training drift", "training itself"),
-        ("budget cost", "reading fewer blocks"),
-        ("indexer error", "choosing others than the best"),
-    )
-    parts = []
-    for meaning, words in named:
-        pair = _pair(perplexity, meaning, top_k)
-        if pair:
-            gap = pair["change_pct"]
-            parts.append(f"{words} {signed(gap['estimate'])} % ({span(gap)} %)")
-    return "Perplexity by cause: " + "; ".join(parts) + "." if parts else ""

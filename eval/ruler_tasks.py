@@ -248,11 +248,6 @@ class Haystack:
             place + 1 for place, word in enumerate(self._words[:-1]) if ends.search(word)
         ]
 
-    @property
-    def num_words(self) -> int:
-        """Words before the text begins again."""
-        return len(self._words)
-
     def sentences(self, where: float, size: int) -> list[str]:
         """`size` words from the sentence start at share `where` of the text on, as sentences."""
         start = self._starts[int(where * len(self._starts))]

@@ -5,8 +5,8 @@
     deepspeed --module dense2sparse.eval.run RECIPE            prompts are shared between the ranks
 
 Without `--checkpoint` the run's newest checkpoint is measured by the stages that stand right behind it in
-the recipe, and results go to the run's folder. With it, every evaluation stage measures that checkpoint,
-and results go to a folder of their own.
+the recipe, and results go to the run's folder, whose recipe it must be (or name a folder with `--output`).
+With it, every evaluation stage measures that checkpoint, and results go to a folder of their own.
 
 The recipe is checked before torch is imported. Exit codes: 0 done, 2 a mistake of the user.
 """
@@ -17,12 +17,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..recipes.load import load, resolved
+from .errors import sentence
 
 if TYPE_CHECKING:
     from .stages import EvalContext
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 EVALUATIONS = ("probe", "perplexity", "ruler", "longbench")
 TRAININGS = ("warmup", "sparse")
 _BAD_INPUT = 2
+_DECIDES_RESULTS = ("model", "sparsity", "data", "stages", "train.precision")
+_DECIDES_NOTHING = ("data.cache_dir",)
 _LONGEST_WAIT = timedelta(hours=12)
 """How long ranks that are done wait for the slowest; an evaluation has no collective in between."""
 
@@ -38,18 +41,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; returns the exit code."""
     options = _parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
+    begun = False
     try:
         recipe = load(options.recipe, options.overrides)
         if options.checkpoint:
             converted, trained = options.checkpoint.resolve(), None
         else:
             run_dir = Path(recipe.output_dir).resolve() / recipe.name
+            if not options.output:
+                check_same_recipe(run_dir, recipe)
             converted, trained = newest_checkpoint(run_dir)
         numbers = stages_to_run(recipe, trained)
-        run_stages(_context(recipe, options, converted, rank), numbers)
-    except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        context = _context(recipe, options, converted, rank)
+        begun = True
+        run_stages(context, numbers)
+    except (ValueError, OSError) as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        if rank == 0 or begun:  # before the stages begin, all ranks have the same to say
+            where = f" on rank {rank}" if rank else ""
+            print(f"error{where}: {said}", file=sys.stderr, flush=True)
         return _BAD_INPUT
     return 0
 
@@ -103,19 +115,56 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, int]:
     Raises:
         ValueError: the run has none yet.
     """
-    found = {
-        int(path.parent.name.split("-")[0]): path
-        for path in run_dir.glob("stages/*/hf")
-        if path.parent.name.split("-")[0].isdigit() and (path.parent / "done.json").is_file()
-    }
-    if found:
-        return found[max(found)], max(found)
-    start = run_dir / "start" / "hf"
-    if start.is_dir():
-        return start, -1
-    raise ValueError(
-        f"{run_dir} has no converted checkpoint: run the recipe first, or name a folder with --checkpoint"
-    )
+    from ..model.export import newest_weights  # imports torch
+
+    try:
+        found = newest_weights(run_dir)
+    except ValueError as error:
+        raise ValueError(
+            f"{run_dir} has no converted checkpoint: run the recipe first, or name a folder with "
+            "--checkpoint"
+        ) from error
+    number = found.parent.name.split("-")[0]
+    return found, int(number) if number.isdigit() else -1
+
+
+def check_same_recipe(run_dir: Path, recipe: Any) -> None:
+    """Refuse to write results of another recipe into a run's folder.
+
+    Raises:
+        ValueError: one sentence with the first key that decides results and differs.
+    """
+    file = run_dir / "recipe.json"
+    if not file.is_file():
+        return
+    try:
+        before = dict(_leaves(json.loads(file.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): start the run again") from error
+    now = dict(_leaves(resolved(recipe)))
+    for key in sorted(before.keys() | now.keys()):
+        decides = any(f"{key}.".startswith(f"{name}.") for name in _DECIDES_RESULTS)
+        if decides and key not in _DECIDES_NOTHING and before.get(key) != now.get(key):
+            was, found = (
+                json.dumps(one[key])[:80] if key in one else "absent" for one in (before, now)
+            )
+            raise ValueError(
+                f"{run_dir} belongs to another recipe ({key} was {was} and is {found}): give the recipe "
+                "it was made with, or name another folder with --output"
+            )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything that is no section and no list of sections."""
+    if isinstance(tree, dict):
+        items: Any = tree.items()
+    elif isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
+        items = enumerate(tree)
+    else:
+        yield prefix, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: int) -> EvalContext:
@@ -125,11 +174,13 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
             f"--checkpoint {converted} holds no config.json: give a converted model's folder"
         )
     import torch
+    from transformers.utils import logging
 
     from ..model.convert import is_converted
     from .arms import checkpoint_fingerprint
     from .stages import EvalContext
 
+    logging.disable_progress_bar()  # one bar for every model that is loaded, between our own lines
     if not is_converted(converted):
         raise ValueError(
             f"{converted} is a dense model: convert it first, or give a converted folder"
@@ -142,7 +193,7 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
     original = _original(recipe, run_dir, rank, barrier)
     precise = recipe.train.precision == "fp32"
     if rank == 0:
-        _describe(run_dir, recipe)
+        _describe(run_dir, recipe, own_folder=bool(options.checkpoint or options.output))
     return EvalContext(
         recipe=recipe,
         run_dir=run_dir,
@@ -199,13 +250,17 @@ def _original(recipe: Any, run_dir: Path, rank: int, barrier: Callable[[], None]
     return Path(find()).resolve()
 
 
-def _describe(run_dir: Path, recipe: Any) -> None:
-    """Recipe and environment beside the results, where a training run has not written them."""
+def _describe(run_dir: Path, recipe: Any, *, own_folder: bool) -> None:
+    """Recipe and environment beside the results, where a training run has not written them.
+
+    A folder of evaluations alone is described by the newest of them.
+    """
     from importlib.metadata import version
 
     from .records import write_json
 
-    if not (run_dir / "recipe.json").is_file():
+    trained_here = (run_dir / "run.json").is_file()
+    if not (run_dir / "recipe.json").is_file() or (own_folder and not trained_here):
         write_json(run_dir / "recipe.json", resolved(recipe))
     if not (run_dir / "environment.json").is_file():
         names = ("dense2sparse", "torch", "transformers")

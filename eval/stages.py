@@ -1,8 +1,8 @@
 """The evaluation stages of a recipe: what `train.run` and `eval.run` call.
 
 Each writes under `run_dir/eval/<kind>/` and can be killed and run again. Predictions and losses are kept
-per arm and checkpoint (`<arm>-<fingerprint>`), so two stages never mix, and a stage that meets the same
-checkpoint and prompts again finds its answers there.
+per arm, checkpoint and precision (`<arm>-<fingerprint>-<dtype>`), so two stages never mix, and a stage
+that meets the same ones and the same prompts again finds its answers there.
 `stage-<n>.json` is the stage's result, written last by rank 0.
 """
 
@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..data import corpora
 from ..data.loader import heldout_rows
+from ..model.convert import CONFIG_KEY
+from ..model.geometry import Geometry
 from ..recipes.schema import (
     PerplexityStage,
     ProbeStage,
@@ -86,6 +88,25 @@ class EvalContext:
         """The original checkpoint's tokenizer."""
         return AutoTokenizer.from_pretrained(self.original)
 
+    def geometry(self) -> Geometry:
+        """Blocks and budget of `converted`, which may be another checkpoint than the recipe would make.
+
+        Raises:
+            ValueError: not a converted checkpoint, or one of a form that is not supported.
+        """
+        config = AutoConfig.from_pretrained(self.converted)
+        block = getattr(config, CONFIG_KEY, None)
+        if not block:
+            raise ValueError(
+                f"{self.converted} has no {CONFIG_KEY} in its config.json: convert the model first"
+            )
+        return Geometry.from_config(block, config.num_hidden_layers)
+
+    def keyed(self, models: Models, run: ArmRun, digest: str) -> str:
+        """Folder of one arm's records for one set of prompts or rows, one checkpoint and one precision."""
+        precision = str(self.dtype).removeprefix("torch.")
+        return f"{digest[:12]}/{run.label}-{models.fingerprint(run)[:12]}-{precision}"
+
     def finish(self, kind: str, stage: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Wait for all ranks, let rank 0 write the stage's result, and return it on every rank."""
         self.barrier()
@@ -95,6 +116,8 @@ class EvalContext:
             state = {"state": self.state, "after": _trained_before(self.recipe, number)}
             checkpoint = checkpoint_fingerprint(self.converted)
             head = {"kind": kind, "stage": number, **state, "checkpoint": checkpoint}
+            head |= {"precision": str(self.dtype).removeprefix("torch.")}
+            head |= {"checkpoint_top_k": self.geometry().top_k}
             write_json(path, {**head, **make()})
         self.barrier()
         return json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +129,7 @@ def run_probe(ctx: EvalContext, stage: ProbeStage) -> dict[str, Any]:
     rows = _heldout(ctx, stage.rows)
     models = ctx.models()
     ceiling = ArmRun("converted_dense")
-    folder = ctx.folder("probe") / _keyed(models, ceiling, perplexity.rows_digest(rows))
+    folder = ctx.folder("probe") / ctx.keyed(models, ceiling, perplexity.rows_digest(rows))
     probing.probe(
         lambda: models.of(ceiling),
         rows,
@@ -123,7 +146,7 @@ def run_probe(ctx: EvalContext, stage: ProbeStage) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         budgets = probing.summarise(read_journals(folder), len(rows), top_ks)
-        block = ctx.recipe.sparsity.block_size
+        block = ctx.geometry().block_size
         for entry in budgets:
             name = f"eval/probe/oracle_coverage/k{entry['top_k']}"
             if "oracle_coverage" in entry["mean"]:
@@ -140,7 +163,7 @@ def run_perplexity(ctx: EvalContext, stage: PerplexityStage) -> dict[str, Any]:
     rows = _heldout(ctx, stage.rows)
     digest = perplexity.rows_digest(rows)
     models = ctx.models()
-    folders = {run.label: ctx.folder("perplexity") / _keyed(models, run, digest) for run in runs}
+    folders = {run.label: ctx.folder("perplexity") / ctx.keyed(models, run, digest) for run in runs}
     for run in runs:
         left = len(rows) - len(read_journals(folders[run.label]))
         if left <= 0:
@@ -171,7 +194,7 @@ def run_perplexity(ctx: EvalContext, stage: PerplexityStage) -> dict[str, Any]:
             for meaning, one, two in score.comparisons(runs)
         ]
         head = {"rows": len(rows), "row_len": ctx.recipe.data.row_len, "rows_digest": digest}
-        blocks = -(-ctx.recipe.data.row_len // ctx.recipe.sparsity.block_size)
+        blocks = -(-ctx.recipe.data.row_len // ctx.geometry().block_size)
         return {**head, "blocks": blocks, "arms": arms, "comparisons": pairs}
 
     return ctx.finish("perplexity", stage, make)
@@ -225,7 +248,7 @@ def run_ruler(ctx: EvalContext, stage: RulerStage) -> dict[str, Any]:
             "lengths": sorted(stage.lengths),
             "tasks": tasks,
             "skipped": prompts.skipped,
-            "block_size": ctx.recipe.sparsity.block_size,
+            "block_size": ctx.geometry().block_size,
             "arms": arms,
             "comparisons": pairs,
         }
@@ -260,7 +283,7 @@ def _predict(
 ) -> dict[str, Path]:
     """Answers of every arm to every prompt; returns their folders by arm label."""
     home = ctx.folder("ruler") / "predictions"
-    folders = {run.label: home / _keyed(models, run, prompts.digest) for run in runs}
+    folders = {run.label: home / ctx.keyed(models, run, prompts.digest) for run in runs}
     wanted = {sample.id for sample in prompts.samples}
     for run in runs:
         if wanted <= read_journals(folders[run.label]).keys():
@@ -337,14 +360,14 @@ def _heldout(ctx: EvalContext, count: int) -> list[Any]:
 
 
 def _budgets(ctx: EvalContext, stage: Any) -> list[int]:
-    """The stage's budgets, or the recipe's.
+    """The stage's budgets, or the checkpoint's own.
 
     Raises:
         ValueError: a budget that leaves nothing to choose.
     """
-    sparsity = ctx.recipe.sparsity
-    top_ks = sorted(set(stage.top_k)) or [sparsity.top_k]
-    forced = sparsity.local_blocks + sparsity.init_blocks
+    geometry = ctx.geometry()
+    top_ks = sorted(set(stage.top_k)) or [geometry.top_k]
+    forced = geometry.local_blocks + geometry.init_blocks
     if top_ks[0] < forced + 1:
         raise ValueError(
             f"stages.{ctx.number(stage)}.top_k={top_ks[0]} leaves nothing to choose: {forced} blocks are "
@@ -356,11 +379,6 @@ def _budgets(ctx: EvalContext, stage: Any) -> list[int]:
 def _window(ctx: EvalContext) -> int | None:
     config = AutoConfig.from_pretrained(ctx.original).get_text_config()
     return getattr(config, "max_position_embeddings", None)
-
-
-def _keyed(models: Models, run: ArmRun, digest: str) -> str:
-    """Folder of one arm's records for one set of prompts or rows and one checkpoint."""
-    return f"{digest[:12]}/{run.label}-{models.fingerprint(run)[:12]}"
 
 
 def _trained_before(recipe: Recipe, number: int) -> list[str]:

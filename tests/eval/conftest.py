@@ -204,11 +204,12 @@ def _ruler() -> dict:
         "first": "7654321",
         "second": "<script>alert(1)</script>",
     }
+    lost = {**_gap(16.75), "samples": 6}
     pair = {
         "meaning": "cost of sparsity",
         "first": "converted_dense",
         "second": "converted_sparse-k16",
-        "lengths": [{"length": 1024, "lost": _gap(16.75), "unseen_share": None, "tasks": [task]}],
+        "lengths": [{"length": 1024, "lost": lost, "unseen_share": None, "tasks": [task]}],
         "flips": [flip],
     }
     skipped = [{"task": "cwe", "length": 1024, "reason": "cwe needs 1216 tokens"}]

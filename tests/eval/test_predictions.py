@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from dense2sparse.eval import prepare as prepare_module
 from dense2sparse.eval.generate import AllFound, answer, end_tokens, greedy, predict
 from dense2sparse.eval.prepare import load, prepare
 from dense2sparse.eval.records import Journal, journal_path, read_journals, read_lines
@@ -52,6 +55,29 @@ def test_preparing_again_changes_no_byte(prompts, ruler_like_words, works, token
     again = make(prompts.folder.parent, ruler_like_words, works, tokenizer)
     assert again == prompts
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_changed_code_makes_other_prompts(
+    tmp_path, monkeypatch, prompts, ruler_like_words, works, tokenizer
+):
+    for name in ("ruler.py", "ruler_tasks.py"):
+        shutil.copy(Path(prepare_module.__file__).with_name(name), tmp_path)
+    same = prepare_module.code_digest(tmp_path)
+    manifest = json.loads((prompts.folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["code"] == same
+    seen = {same}
+    for name in ("ruler.py", "ruler_tasks.py"):
+        with open(tmp_path / name, "a", encoding="utf-8") as file:
+            file.write("CHANGED = True\n")
+        seen.add(prepare_module.code_digest(tmp_path))
+    assert len(seen) == 3
+    monkeypatch.setattr(prepare_module, "code_digest", lambda folder: "other")
+    few = {"tasks": ["niah_single_1"], "samples": 1}
+    other = make(tmp_path, ruler_like_words, works, tokenizer, **few)
+    monkeypatch.undo()
+    again = make(tmp_path, ruler_like_words, works, tokenizer, **few)
+    assert other.digest != again.digest and other.folder != again.folder
+    assert other.samples == again.samples
 
 
 def test_preparation_that_was_killed_goes_on(tmp_path, prompts, ruler_like_words, works, tokenizer):

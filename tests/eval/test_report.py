@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dense2sparse.eval import report
 from dense2sparse.eval.charts import Bar, Series, interval_chart, line_chart, ticks
 from dense2sparse.eval.report import main, write_report
 from dense2sparse.eval.report_results import signed
@@ -68,7 +69,8 @@ def test_verdict_names_costs_with_their_intervals(written):
     page = written["markdown"].read_text(encoding="utf-8")
     assert (
         "Reading 16 of 32 blocks, perplexity is 1.57 % higher than with full attention "
-        "(95 % interval +0.57 to +2.57 %), and the RULER mean at 1024 tokens is 16.8 points lower "
+        "(95 % interval +0.57 to +2.57 %), and RULER niah_single_1 at 1024 tokens (6 prompts) is "
+        "16.8 points lower "
         "(95 % interval \N{MINUS SIGN}17.8 to \N{MINUS SIGN}15.8 points)." in page
     )
 
@@ -125,7 +127,7 @@ def test_unchanged_answers_are_not_called_no_loss(made_up_run):
     path.write_text(json.dumps(result), encoding="utf-8")
     page = write_report(made_up_run)["markdown"].read_text(encoding="utf-8")
     assert "no answer changed (up to 39 % could)" in page
-    assert "the RULER mean at 1024 tokens is the same in all 6 answers" in page
+    assert "RULER niah_single_1 at 1024 tokens (6 prompts) is the same in every answer" in page
 
 
 @pytest.mark.parametrize("content", [None, "empty folder"])
@@ -138,10 +140,133 @@ def test_what_is_no_run_is_refused(tmp_path, content, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_damaged_result_is_refused_by_name(made_up_run, capsys):
-    (made_up_run / "eval" / "ruler" / "stage-4.json").write_text("{", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("eval/ruler/stage-4.json", "{", "stage-4.json is damaged"),
+        ("eval/ruler/stage-4.json", "[1]", "stage-4.json is damaged (no JSON object)"),
+        ("eval/ruler/stage-4.json", "{}", "stage-4.json names no stage"),
+        ("recipe.json", "3", "recipe.json is damaged (no JSON object)"),
+        ("metrics.jsonl", "7\n{}\n", "metrics.jsonl, line 1, is damaged"),
+    ],
+)
+def test_damaged_file_is_refused_by_name(made_up_run, capsys, name, content, words):
+    (made_up_run / name).write_text(content, encoding="utf-8")
     assert main([str(made_up_run)]) == 2
-    assert "stage-4.json is damaged" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_disk_that_refuses_is_one_sentence(made_up_run, capsys, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(report, "write_text", full)
+    assert main([str(made_up_run)]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+
+
+def test_value_error_of_a_library_keeps_its_traceback(made_up_run, monkeypatch):
+    monkeypatch.setattr(report, "write_text", lambda path, text: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        main([str(made_up_run)])
+
+
+def test_report_of_nothing_is_a_mistake_of_the_command():
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+
+
+@pytest.fixture()
+def longer_run(made_up_run):
+    """As the quick start: perplexity of the start, then one after training, and two RULER stages."""
+    recipe = {
+        "name": "longer",
+        "sparsity": {"top_k": 16, "block_size": 32, "init": "pca"},
+        "stages": [{"kind": kind} for kind in ("perplexity", "warmup", "sparse", "perplexity")],
+    }
+    (made_up_run / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    folder = made_up_run / "eval"
+    start = json.loads((folder / "perplexity/stage-3.json").read_text(encoding="utf-8"))
+    start |= {"stage": 0, "after": []}
+    for arm in ("original_dense", "converted_oracle-k16"):
+        start["arms"].pop(arm)
+    start["arms"]["converted_sparse-k16"]["perplexity"] = 29.5
+    start["comparisons"] = start["comparisons"][-1:]
+    start["comparisons"][0]["change_pct"] |= {"estimate": 21.75, "low": 20.5, "high": 23.25}
+    (folder / "perplexity/stage-0.json").write_text(json.dumps(start), encoding="utf-8")
+    second = json.loads((folder / "ruler/stage-4.json").read_text(encoding="utf-8"))
+    second |= {"stage": 5, "samples": 3, "tasks": ["vt", "fwe"], "skipped": []}
+    for arm, mean in zip(second["arms"].values(), (75.0, 72.5), strict=True):
+        cell = arm["scores"]["1024"].pop("niah_single_1") | {"samples": 3}
+        arm["scores"]["1024"] = {"fwe": {**cell, "score": mean}, "vt": {**cell, "score": mean}}
+        arm["means"] = {"1024": mean}
+    entry = second["comparisons"][0]["lengths"][0]
+    entry["lost"] |= {"estimate": 2.5, "low": 1.5, "high": 3.5, "samples": 6}
+    entry["tasks"] = [{**entry["tasks"][0], "task": name} for name in ("fwe", "vt")]
+    (folder / "ruler/stage-5.json").write_text(json.dumps(second), encoding="utf-8")
+    return made_up_run
+
+
+def test_every_ruler_stage_behind_training_is_told_with_its_tasks(longer_run):
+    files = write_report(longer_run)
+    page = files["markdown"].read_text(encoding="utf-8")
+    verdict, cards = page.split("\n- ")[0], page.split("\n## ")[0]
+    assert "RULER niah_single_1 at 1024 tokens (6 prompts) is 16.8 points lower" in verdict
+    assert "the RULER mean of fwe and vt at 1024 tokens (6 prompts) is 2.5 points lower" in verdict
+    assert "RULER niah_single_1 at 1024, k = 16: **66.6** (83.4 dense; 6 prompts a task)" in cards
+    assert "RULER mean of fwe and vt at 1024, k = 16: **72.5** (75.0 dense; 3 prompts a task)" in (
+        cards
+    )
+    for words in (
+        "RULER niah_single_1: points lost at 1024 tokens",
+        "RULER mean of fwe and vt: points lost at 1024 tokens",
+        "niah_single_1 (6 prompts a task): no single cell differs",
+        "fwe, vt (3 prompts a task): no single cell differs",
+        "RULER, fwe, vt: ruler-pd, not comparable with published scores. With 3 prompts a task",
+        "Answers lost with sparse attention at k = 16: fwe and vt",
+    ):
+        assert words in page, words
+    assert "RULER mean at" not in page and "mean over tasks" not in page
+    table = files["csv"].read_text(encoding="utf-8")
+    assert "mean of fwe + vt" in table and ",mean," not in table
+
+
+def test_start_before_training_is_shown_by_name_and_not_as_the_result(longer_run):
+    page = write_report(longer_run)["markdown"].read_text(encoding="utf-8")
+    assert "before training: closed-form start; 8 held-out rows" in page
+    assert "before training: closed-form start; per cent of perplexity" in page
+    assert "after 1-warmup, 2-sparse; per cent of perplexity" in page
+    assert (
+        "Before training, the closed-form start had moved perplexity by +21.75 % "
+        "(+20.50 to +23.25 %) at k = 16." in page
+    )
+    assert "Reading 16 of 32 blocks, perplexity is 1.57 % higher" in page
+    assert "perplexity, k = 16: **24.33**" in page and "**29.50**" not in page
+
+
+def test_verdict_of_an_unfinished_run_says_what_was_measured(longer_run):
+    for path in ("perplexity/stage-3.json", "ruler/stage-4.json", "ruler/stage-5.json"):
+        (longer_run / "eval" / path).unlink()
+    page = write_report(longer_run)["markdown"].read_text(encoding="utf-8")
+    assert (
+        "Measured before training: closed-form start, not yet at the end of training. "
+        "Reading 16 of 32 blocks, perplexity is 21.75 % higher" in page
+    )
+
+
+def test_budget_of_the_measured_checkpoint_goes_before_the_recipes(made_up_run):
+    path = made_up_run / "eval" / "perplexity" / "stage-3.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["checkpoint_top_k"] = 8
+    result["arms"]["converted_sparse-k8"] = {**result["arms"]["converted_sparse-k16"]}
+    result["comparisons"].append({**result["comparisons"][-1], "second": "converted_sparse-k8"})
+    path.write_text(json.dumps(result), encoding="utf-8")
+    page = write_report(made_up_run)["markdown"].read_text(encoding="utf-8")
+    assert "Reading 8 of 32 blocks, perplexity is" in page
+    assert "Reading 16 of 32 blocks, RULER niah_single_1" in page, "the only budget it measured"
 
 
 @pytest.mark.parametrize(
