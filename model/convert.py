@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +63,14 @@ def convert(
         )
     check_heads(model.config)
     resolve_index_dim(model.config, sparsity)
-    register()
     rows = iter(calibration)
     first = next(rows, None)
     if first is None:
         raise ValueError("no calibration row: give at least one row of training tokens")
-    layers: dict[int, LayerMoments] = {}
-
-    def begin(seen: Observation) -> None:
-        layers[seen.layer] = LayerMoments(transforms(seen), seen.attention)
-
-    observe(model, first, begin)
-    bridge = not layers
-    if bridge:
-        install(model, list(attention_modules(model).values()))
-        observe(model, first, begin)
-    found = {layer: moments.transforms for layer, moments in layers.items()}
-    geometry = replace(_resolve(model.config, sparsity, found), argument_bridge=bridge)
+    found, bridge = inspect_layers(model, first)
+    attentions = attention_modules(model)
+    layers = {layer: LayerMoments(one, attentions[layer]) for layer, one in found.items()}
+    geometry = resolve_geometry(model.config, sparsity, found, bridge=bridge)
 
     def collect(seen: Observation) -> None:
         if seen.layer in geometry.sparse_layers:
@@ -103,6 +93,26 @@ def convert(
     setattr(model.config, CONFIG_KEY, geometry.to_config())
     model.config._attn_implementation = NAME
     return model
+
+
+def inspect_layers(model: PreTrainedModel, row: RowLike) -> tuple[dict[int, Transforms], bool]:
+    """What every layer's attention does, and whether a bridge had to be installed to see it.
+
+    Raises:
+        ValueError: attention that MSA does not define (soft-capping, sinks).
+    """
+    register()
+    found: dict[int, Transforms] = {}
+
+    def note(seen: Observation) -> None:
+        found[seen.layer] = transforms(seen)
+
+    observe(model, row, note)
+    bridge = not found
+    if bridge:
+        install(model, list(attention_modules(model).values()))
+        observe(model, row, note)
+    return found, bridge
 
 
 def save(
@@ -275,7 +285,14 @@ def _load_index_tensors(model: nn.Module, path: Path) -> None:
         parameter.data.copy_(value)
 
 
-def _resolve(config: Any, sparsity: SparsityLike, layers: dict[int, Transforms]) -> Geometry:
+def resolve_geometry(
+    config: Any, sparsity: SparsityLike, layers: dict[int, Transforms], *, bridge: bool
+) -> Geometry:
+    """Geometry of the sparse layers, from the recipe, the model and what `inspect_layers` found.
+
+    Raises:
+        ValueError: a layer choice or a width of the index heads that cannot be.
+    """
     full = [layer for layer, found in sorted(layers.items()) if found.full]
     sparse = resolve_sparse_layers(sparsity, config.num_hidden_layers, full)
     chosen = [layers[layer] for layer in sparse]
@@ -297,7 +314,7 @@ def _resolve(config: Any, sparsity: SparsityLike, layers: dict[int, Transforms])
         num_layers=config.num_hidden_layers,
         sparse_layers=tuple(sparse),
         rotary_layers=tuple(n for n in sparse if layers[n].rotary),
-        argument_bridge=False,
+        argument_bridge=bridge,
     )
 
 

@@ -9,13 +9,15 @@ recipe's oracle probe.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..recipes.load import RecipeError, fingerprint, load, zero_stage
+
+if TYPE_CHECKING:
+    from .sizes import Sizes
 
 _ASSUMED_UTILISATION = 0.35
 """Share of the peak that the projection of hours assumes; a guess until steps are timed."""
@@ -36,24 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(line, flush=True)
         if options.probe:
             probe(recipe)
-    except (RecipeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RecipeError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Parameter counts and shape of the model to come."""
-
-    backbone: int
-    index: int
-    hidden: int
-    layers: int
-    sparse_layers: tuple[int, ...]
-    index_dim: int
-    cost: Any
-    """flops.ModelCost."""
 
 
 def report(recipe: Any, *, ranks: int | None = None) -> list[str]:
@@ -72,7 +60,8 @@ def report(recipe: Any, *, ranks: int | None = None) -> list[str]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = ranks or max(1, torch.cuda.device_count())
     original = find_original(recipe)
-    sizes, tokenizer = _sizes(recipe, original)
+    sizes, tokenizer, window = _read(recipe, original)
+    _check_prompts(recipe, window)
     lines = [
         f"checkpoint   {original}",
         f"parameters   {sizes.backbone / 1e6:,.1f} M backbone, {sizes.index / 1e6:,.2f} M index branch",
@@ -85,43 +74,36 @@ def report(recipe: Any, *, ranks: int | None = None) -> list[str]:
     return lines + _disk_lines(recipe, sizes)
 
 
-def _sizes(recipe: Any, original: Path) -> tuple[Sizes, Any]:
-    """Sizes of the converted model, from the configuration alone, and the tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _read(recipe: Any, original: Path) -> tuple[Sizes, Any, int | None]:
+    """Sizes of the converted model, the tokenizer and the model's window, without the weights."""
+    from transformers import AutoConfig, AutoTokenizer
 
-    from ..model import geometry
     from ..model.source import check_tokenizer
-    from .flops import model_cost
+    from .sizes import converted_sizes
+    from .start import read_part
 
-    config = AutoConfig.from_pretrained(original)
-    tokenizer = AutoTokenizer.from_pretrained(original)
+    config = read_part(f"the config of {original}", AutoConfig.from_pretrained, original)
+    tokenizer = read_part(f"the tokenizer of {original}", AutoTokenizer.from_pretrained, original)
     check_tokenizer(tokenizer, config)
-    geometry.check_heads(config)
-    width = geometry.resolve_index_dim(config, recipe.sparsity)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
-    sparse = geometry.resolve_sparse_layers(recipe.sparsity, config.num_hidden_layers, full)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    index = len(sparse) * config.hidden_size * width * (config.num_key_value_heads + 1)
-    block = {
-        "sparse_attention_freq": [int(n in sparse) for n in range(config.num_hidden_layers)],
-        "sparse_num_index_heads": config.num_key_value_heads,
-        "sparse_index_dim": width,
-        "sparse_topk_blocks": recipe.sparsity.top_k,
-        "sparse_block_size": recipe.sparsity.block_size,
-    }
-    sizes = Sizes(
-        backbone=sum(p.numel() for p in model.parameters()),
-        index=index,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        sparse_layers=tuple(sparse),
-        index_dim=width,
-        cost=dataclasses.replace(model_cost(model, set(), block), index_weights=index),
-    )
-    return sizes, tokenizer
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return converted_sizes(config, recipe.sparsity, name=str(original)), tokenizer, window
+
+
+def _check_prompts(recipe: Any, window: int | None) -> None:
+    """Refuse evaluation stages whose prompts cannot be made or do not fit the window (ValueError)."""
+    from ..eval.ruler import check_lengths, check_tasks
+
+    for number, stage in enumerate(recipe.stages):
+        lengths = []
+        if stage.kind == "ruler":
+            check_tasks(stage.tasks)
+            lengths = stage.lengths
+        elif stage.kind == "probe" and stage.needles:
+            lengths = [recipe.data.row_len]
+        try:
+            check_lengths(lengths, window)
+        except ValueError as error:
+            raise ValueError(f"stages.{number} ({stage.kind}): {error}") from None
 
 
 def _training(recipe: Any) -> list[tuple[int, Any]]:
@@ -130,7 +112,7 @@ def _training(recipe: Any) -> list[tuple[int, Any]]:
 
 def _data_lines(recipe: Any, tokenizer: Any, ranks: int) -> list[str]:
     """Open the data of every training stage and read one batch."""
-    from ..data.loader import RowLoader, heldout_rows
+    from ..data.loader import RowLoader
 
     lines = []
     for number, stage in _training(recipe):
@@ -152,15 +134,39 @@ def _data_lines(recipe: Any, tokenizer: Any, ranks: int) -> list[str]:
             f"({documents} documents in its fullest row)"
         )
         loader.close()
-    if recipe.data.heldout:
+    lines += _heldout_lines(recipe, tokenizer)
+    return lines
+
+
+def _heldout_lines(recipe: Any, tokenizer: Any) -> list[str]:
+    """Read as many held-out rows of each length as the stage that wants most of them.
+
+    Raises:
+        ValueError: the held-out text holds fewer.
+    """
+    from ..data.loader import heldout_rows
+
+    if not recipe.data.heldout:
+        return []
+    wanted: dict[int, int] = {}
+    for stage in recipe.stages:
+        if stage.kind in ("probe", "perplexity"):
+            row_len, count = recipe.data.row_len, stage.rows
+        elif stage.kind in ("warmup", "sparse"):
+            row_len, count = stage.row_len or recipe.data.row_len, recipe.train.measure_rows
+        else:
+            continue
+        wanted[row_len] = max(count, wanted.get(row_len, 0))
+    lines = []
+    for row_len, count in wanted.items():
         rows = heldout_rows(
             recipe.data.heldout,
             tokenizer,
-            row_len=recipe.data.row_len,
-            count=recipe.train.measure_rows,
+            row_len=row_len,
+            count=count,
             cache_dir=recipe.data.cache_dir,
         )
-        lines.append(f"held-out     {len(rows)} rows read")
+        lines.append(f"held-out     {len(rows)} rows of {row_len} tokens read")
     return lines
 
 

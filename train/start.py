@@ -8,16 +8,18 @@ start that was interrupted is simply made again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from ..data.loader import RowLoader
+from ..eval.errors import raised_here
 from ..model import convert
 from ..model.source import check_tokenizer, resolve_checkpoint
 from .checkpoint import CheckpointError
@@ -62,10 +64,36 @@ def find_original(recipe: Any) -> Path:
     return Path(found).resolve()
 
 
+def read_part(what: str, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """`read(*arguments, **options)`; what transformers refuses becomes one sentence, ours stay.
+
+    Args:
+        what: the part and its place, for the sentence: "the tokenizer of /models/x".
+
+    Raises:
+        ValueError: the first line of what transformers says, and what to do.
+    """
+    try:
+        return read(*arguments, **options)
+    except (ValueError, OSError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+        if raised_here(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = f"{type(error).__name__}: {lines[0][:240]}" if lines else type(error).__name__
+        raise ValueError(
+            f"{what} cannot be read ({said}): copy the whole checkpoint folder again, or use one that "
+            "the installed transformers knows"
+        ) from None
+
+
 def load_checked(original: Path) -> tuple[Any, Any]:
-    """The dense model in float32 and its tokenizer, found to fit each other."""
-    tokenizer = AutoTokenizer.from_pretrained(original)
-    model = convert.load_dense(original, dtype=torch.float32)
+    """The dense model in float32 and its tokenizer, found to fit each other.
+
+    Raises:
+        ValueError: either cannot be read, or they do not fit.
+    """
+    tokenizer = read_part(f"the tokenizer of {original}", AutoTokenizer.from_pretrained, original)
+    model = read_part(f"the model of {original}", convert.load_dense, original, dtype=torch.float32)
     check_tokenizer(tokenizer, model.config)
     return model, tokenizer
 
@@ -123,8 +151,7 @@ def save_folder(model: Any, tokenizer: Any, target: Path) -> None:
     """
     shutil.rmtree(target, ignore_errors=True)
     try:
-        convert.save(model, target)
-        tokenizer.save_pretrained(target)
+        convert.save(model, target, also=tokenizer)
         for path in target.iterdir():
             if path.is_file():
                 sync_file(path)

@@ -1,9 +1,8 @@
-"""The run as a user meets it: exit codes, one-sentence errors, the real launcher, preflight."""
+"""The run as a user meets it: exit codes, one-sentence errors and the real launcher."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from dense2sparse.train import preflight
 from dense2sparse.train import run as training
 
 
@@ -148,69 +146,3 @@ def test_sigterm_to_the_launched_run_saves_leaves_no_orphans_and_resumes(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert f"1-sparse continues at step {state['stage_step']}" in output
-
-
-def test_preflight_describes_the_run_and_trains_nothing(make_recipe, tmp_path, capsys):
-    recipe = make_recipe(tmp_path)
-    assert preflight.main([str(recipe), "--ranks", "2"]) == 0
-    text = capsys.readouterr().out
-    assert "3 of 4 layers sparse, index width 32, 4 blocks of 16 tokens a query" in text
-    assert "stage 0      warmup: 5 steps, 2,560 tokens" in text
-    assert "stage 1      sparse: 7 steps, 3,584 tokens" in text
-    assert "projected" in text and "GiB needed" in text
-    assert not (tmp_path / "runs").exists()
-
-
-def test_preflight_counts_what_the_conversion_makes(make_recipe, tmp_path, start_folder):
-    from dense2sparse.model import convert
-    from dense2sparse.recipes.load import load
-    from dense2sparse.train.flops import model_cost
-    from dense2sparse.train.start import find_original
-
-    recipe = load(make_recipe(tmp_path), [])
-    sizes, _ = preflight._sizes(recipe, find_original(recipe))
-    model = convert.load(start_folder)
-    index = convert.index_parameters(model)
-    matrices = sum(p.numel() for _, p in index if p.dim() >= 2)
-    assert sizes.index == matrices
-    assert sizes.backbone == sum(p.numel() for _, p in convert.backbone_parameters(model))
-    assert sizes.cost == model_cost(model, {name for name, _ in index})
-
-
-@pytest.mark.parametrize(
-    ("zero", "ranks", "precision", "expected"),
-    # Bytes a parameter of a trained model, by hand: weight, gradient, optimizer.
-    [
-        (1, 1, "fp32", 4 + 4 + 12),
-        (0, 1, "fp32", 4 + 4 + 8),
-        (1, 4, "bf16", 2 + 2 + 4),
-        (2, 4, "bf16", 2 + 0.5 + 4),
-        (3, 4, "bf16", 0.5 + 0.5 + 4),
-    ],
-)
-def test_memory_of_a_rank_follows_the_zero_stage(
-    make_recipe, tmp_path, zero, ranks, precision, expected
-):
-    from dense2sparse.recipes.load import load
-
-    overrides = [f"deepspeed.zero_optimization.stage={zero}", f"train.precision={precision}"]
-    recipe = load(make_recipe(tmp_path), overrides)
-    sizes = preflight.Sizes(
-        backbone=2**30, index=0, hidden=8, layers=2, sparse_layers=(1,), index_dim=8, cost=None
-    )
-    state, _ = preflight.memory_gib(recipe, recipe.stages[1], sizes, ranks)
-    assert state == pytest.approx(expected)
-
-
-def test_preflight_refuses_a_disk_that_is_too_small(make_recipe, tmp_path, capsys):
-    recipe = make_recipe(tmp_path)
-    assert preflight.main([str(recipe), "train.keep_checkpoints=1000000000"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert "GiB free and the run needs" in error and "make room" in error
-
-
-def test_preflight_names_a_recipe_mistake(make_recipe, tmp_path, capsys):
-    assert preflight.main([str(make_recipe(tmp_path)), "sparsity.topk=3"]) == 2
-    assert "sparsity.topk" in capsys.readouterr().err
-    assert os.environ.get("RANK") is None
