@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..eval.errors import raised_here
 from ..recipes.load import RecipeError, fingerprint, load, resolved
 from .identity import check_same_identity
 
@@ -91,10 +92,8 @@ def _explain(error: BaseException, rank: int) -> int:
     from .checkpoint import CheckpointError
 
     if rank:
-        time.sleep(
-            3
-        )  # rank 0 usually has the same to say; it ends first and takes this process along
-    own = _raised_here(error)
+        # Rank 0 usually has the same to say; it ends first and takes this process along.
+        time.sleep(3)
     prefix = f"error on rank {rank}: " if rank else "error: "
     if isinstance(error, CheckpointError):
         print(f"{prefix}{error}", file=sys.stderr)
@@ -103,23 +102,11 @@ def _explain(error: BaseException, rank: int) -> int:
         place = f" at {error.filename}" if error.filename else ""
         print(f"{prefix}{error.strerror}{place}: make room and start again", file=sys.stderr)
         return FAILED
-    if isinstance(error, ValueError) and own:
+    if isinstance(error, ValueError) and raised_here(error):
         print(f"{prefix}{error}", file=sys.stderr)
         return BAD_RECIPE
     traceback.print_exception(error)
     return FAILED
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Whether the innermost frame is this package's: its ValueErrors are sentences for the user."""
-    package = str(Path(__file__).resolve().parent.parent)
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return False
-    file = trace.tb_frame.f_code.co_filename
-    return file.startswith(package) and "site-packages" not in file[len(package) :]
 
 
 def _leave_group() -> None:
