@@ -141,8 +141,12 @@ def check_heads(config: Any) -> None:
         raise ValueError(
             f"model type {config.model_type} wraps a text model: save its text model alone and convert that"
         )
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    groups = groups or heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ValueError(
+            f"model type {config.model_type} has no attention heads: use a GQA transformer"
+        )
+    groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
         raise ValueError(
             f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: "

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3Config,
+    LlamaConfig,
+    MambaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dense2sparse.kernels.ops import select_blocks
 from dense2sparse.model.attention import AttentionCall
@@ -270,6 +277,11 @@ def test_published_keys_alone_mean_the_published_form():
             Geometry.from_config({**published, key: value}, 2)
     with pytest.raises(ValueError, match="lists 2 layers, the model has 3"):
         Geometry.from_config(published, 3)
+
+
+def test_a_model_without_attention_heads_is_refused():
+    with pytest.raises(ValueError, match="model type mamba has no attention heads"):
+        check_heads(MambaConfig())
 
 
 def test_a_wrapper_around_a_text_model_is_refused():
