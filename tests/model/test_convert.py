@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     LlamaConfig,
-    MambaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
