@@ -17,12 +17,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipes.load import load, resolved
+from ..recipes.load import first_difference, load, resolved
 from .errors import sentence
 
 if TYPE_CHECKING:
@@ -138,33 +138,21 @@ def check_same_recipe(run_dir: Path, recipe: Any) -> None:
     if not file.is_file():
         return
     try:
-        before = dict(_leaves(json.loads(file.read_text(encoding="utf-8"))))
+        before = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): start the run again") from error
-    now = dict(_leaves(resolved(recipe)))
-    for key in sorted(before.keys() | now.keys()):
-        decides = any(f"{key}.".startswith(f"{name}.") for name in _DECIDES_RESULTS)
-        if decides and key not in _DECIDES_NOTHING and before.get(key) != now.get(key):
-            was, found = (
-                json.dumps(one[key])[:80] if key in one else "absent" for one in (before, now)
-            )
-            raise ValueError(
-                f"{run_dir} belongs to another recipe ({key} was {was} and is {found}): give the recipe "
-                "it was made with, or name another folder with --output"
-            )
+    different = first_difference(before, resolved(recipe), _decides)
+    if different is not None:
+        raise ValueError(
+            f"{run_dir} belongs to another recipe ({different}): give the recipe it was made with, or "
+            "name another folder with --output"
+        )
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that is no section and no list of sections."""
-    if isinstance(tree, dict):
-        items: Any = tree.items()
-    elif isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
-        items = enumerate(tree)
-    else:
-        yield prefix, tree
-        return
-    for key, value in items:
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+def _decides(key: str) -> bool:
+    """Whether results depend on a dotted key."""
+    inside = any(f"{key}.".startswith(f"{name}.") for name in _DECIDES_RESULTS)
+    return inside and key not in _DECIDES_NOTHING
 
 
 def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: int) -> EvalContext:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,33 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json")
     tree["deepspeed"] = with_default_stage(tree["deepspeed"])
     return tree
+
+
+def first_difference(
+    before: dict[str, Any], now: dict[str, Any], counts: Callable[[str], bool]
+) -> str | None:
+    """The first dotted key, of those that count, in which two resolved recipes differ, with both values."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    for key in sorted(old.keys() | new.keys()):
+        if counts(key) and old.get(key) != new.get(key):
+            was, found = (
+                json.dumps(one[key])[:80] if key in one else "absent" for one in (old, new)
+            )
+            return f"{key} was {was} and is {found}"
+    return None
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything that is no section and no list of sections."""
+    if isinstance(tree, dict):
+        items: Any = tree.items()
+    elif isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
+        items = enumerate(tree)
+    else:
+        yield prefix, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def as_yaml(recipe: Recipe) -> str:

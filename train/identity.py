@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..recipes.load import NOT_IN_FINGERPRINT, fingerprint, resolved
+from ..recipes.load import NOT_IN_FINGERPRINT, fingerprint, first_difference, resolved
 from ..recipes.schema import Recipe
 
 RUN_FILE = "run.json"
@@ -77,28 +76,11 @@ def _training_is_done(run_dir: Path, recipe: Any) -> bool:
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first key of the fingerprint that differs, with both values."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    free = {".".join(path) for path in NOT_IN_FINGERPRINT}
-    for key in sorted(old.keys() | new.keys()):
-        if any(key == name or key.startswith(name + ".") for name in free):
-            continue
-        if old.get(key) != new.get(key):
-            return f"{key} was {_shown(old, key)} and is {_shown(new, key)}"
-    return "its keys are the same, but this version reads them otherwise"
+    free = [".".join(path) for path in NOT_IN_FINGERPRINT]
 
+    def counts(key: str) -> bool:
+        return not any(f"{key}.".startswith(f"{name}.") for name in free)
 
-def _shown(leaves: dict[str, Any], key: str) -> str:
-    return json.dumps(leaves[key])[:80] if key in leaves else "absent"
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that is no section."""
-    if isinstance(tree, dict):
-        items: Any = tree.items()
-    elif isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
-        items = enumerate(tree)
-    else:
-        yield prefix, tree
-        return
-    for key, value in items:
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    return first_difference(before, now, counts) or (
+        "its keys are the same, but this version reads them otherwise"
+    )
