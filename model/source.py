@@ -312,6 +312,11 @@ def _save_plain(gguf: Path, target: Path) -> None:
         options["quantization_config"] = gguf_config(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    # transformers 5.17 takes the first special token for both; the file's own ids are the config's.
+    for name in ("bos_token", "eos_token"):
+        number = getattr(model.config, f"{name}_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     check_tokenizer(tokenizer, model.config)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
