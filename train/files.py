@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..data.fetch import write_atomically
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in `folder` survive a power cut; ignored where unsupported."""
@@ -31,18 +33,8 @@ def sync_file(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; on failure the old file stays and the temporary one is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, text.encode("utf-8"))
     sync_folder(path.parent)
 
 
