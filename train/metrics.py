@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..data.fetch import write_atomically
+
 NAMES: dict[str, str] = {
     "train/loss_lm": "LM loss, nats per target token, over all ranks and micro batches of the step",
     "train/loss_kl": "KL put together over the sparse layers as the recipe says (sum or mean), nats",
@@ -104,12 +106,8 @@ def truncate(path: Path, *, stage_index: int, step: int) -> None:
         if record["stage_index"] < stage_index
         or (record["stage_index"] == stage_index and record["step"] <= step)
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    write_atomically(path, lines.encode("utf-8"))
 
 
 def _drop_torn_line(path: Path) -> None:
