@@ -1,0 +1,190 @@
+"""Sparse attention, forward: a program holds a tile of queries and reads the union of their blocks.
+
+    out[i] = softmax over j in support(i) of (q_i . k_j * scale) . v_j         (arXiv 2606.13392, eq. 7)
+
+Rows of a tile are floor(rows / R) neighbouring tokens times the R query heads of one group, so any R fills a
+tile. Each block of the union (triton_unions.py) is read once, its keys and values in one piece; a bit a token
+says who selected it. No partial results, no atomics: two runs give the same bits.
+
+Shapes: B batch, H query heads, G groups, R = H / G, T queries, S keys, D head width, K selected blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_support import Launch, padded_width
+from .triton_unions import MAX_TOKENS, Unions, tile_unions
+
+
+@triton.jit
+def _steps(
+    q, acc, row_max, row_sum,
+    keys, values, stride_k, stride_v,
+    first_keys, members, begin, end,
+    token, position, num_keys, scale,
+    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Entries begin .. end - 1 of the union, KEYS keys a step. Without CAUSAL all lie in the past."""
+    PARTS: tl.constexpr = BLOCK // KEYS
+    key = tl.arange(0, KEYS)
+    channel = tl.arange(0, WIDTH_P)
+    wide = channel < WIDTH
+    for step in range(begin * PARTS, end * PARTS):
+        first = tl.load(first_keys + step // PARTS) + (step % PARTS) * KEYS
+        mask = tl.load(members + step // PARTS)
+        k_tile = keys + first.to(tl.int64) * stride_k + (key[None, :] * stride_k + channel[:, None])
+        v_tile = values + first.to(tl.int64) * stride_v + (key[:, None] * stride_v + channel[None, :])
+        here = first + key < num_keys
+        # Blocks of the past lie inside the row, so only the causal part masks keys.
+        if CAUSAL:
+            k = tl.load(k_tile, mask=here[None, :] & wide[:, None], other=0.0)
+        elif EVEN:
+            k = tl.load(k_tile)
+        else:
+            k = tl.load(k_tile, mask=wide[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * scale  # [ROWS, KEYS], log2 units
+        support = ((mask >> token) & 1)[:, None] != 0
+        if CAUSAL:
+            support = support & ((first + key)[None, :] <= position[:, None])
+        scores = tl.where(support, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        # A row that has met no key of its own keeps -inf, and -inf - -inf is no number.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.math.exp2(scores - base[:, None])
+        shrink = tl.math.exp2(row_max - base)
+        row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+        row_max = new_max
+        if CAUSAL:
+            v = tl.load(v_tile, mask=here[:, None] & wide[None, :], other=0.0)
+        elif EVEN:
+            v = tl.load(v_tile)
+        else:
+            v = tl.load(v_tile, mask=wide[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _attend(
+    queries, keys, values, out, lse,
+    first_keys, members, counts, past_counts,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks,
+    stride_vb, stride_vg, stride_vs, stride_ob, stride_oh, stride_ot,
+    groups, num_queries, num_keys, num_tiles, union_len, query_offset, scale,
+    REPEATS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    plane = tl.program_id(1).to(tl.int64)
+    batch, group = plane // groups, plane % groups
+    row = tl.arange(0, ROWS)
+    token, head = row // REPEATS, row % REPEATS
+    query = tile * TOKENS + token
+    valid = (token < TOKENS) & (query < num_queries)
+    channel = tl.arange(0, WIDTH_P)
+    wide = channel < WIDTH
+    # 64 bits a row, once a tile: a head-major row of heads passes 2^31 elements long before 4M tokens.
+    head = (group * REPEATS + head).to(tl.int64)
+    rows_q = batch * stride_qb + head * stride_qh + query.to(tl.int64) * stride_qt
+    q = tl.load(
+        queries + rows_q[:, None] + channel[None, :], mask=valid[:, None] & wide[None, :], other=0.0
+    )
+    entry = plane * num_tiles + tile
+    first_keys += entry * union_len
+    members += entry * union_len
+    end, past = tl.load(counts + entry), tl.load(past_counts + entry)
+    keys += batch * stride_kb + group * stride_kg
+    values += batch * stride_vb + group * stride_vg
+    acc = tl.zeros([ROWS, WIDTH_P], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    bit = token.to(tl.int64)
+    position = query_offset + query
+    acc, row_max, row_sum = _steps(
+        q, acc, row_max, row_sum, keys, values, stride_ks, stride_vs, first_keys, members, 0, past,
+        bit, position, num_keys, scale,
+        WIDTH, WIDTH_P, BLOCK, KEYS, False, WIDTH == WIDTH_P,
+    )  # fmt: skip
+    acc, row_max, row_sum = _steps(
+        q, acc, row_max, row_sum, keys, values, stride_ks, stride_vs, first_keys, members, past, end,
+        bit, position, num_keys, scale,
+        WIDTH, WIDTH_P, BLOCK, KEYS, True, WIDTH == WIDTH_P,
+    )  # fmt: skip
+    total = tl.where(valid, row_sum, 1.0)
+    rows_o = batch * stride_ob + head * stride_oh + query.to(tl.int64) * stride_ot
+    tl.store(
+        out + rows_o[:, None] + channel[None, :],
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=valid[:, None] & wide[None, :],
+    )
+    natural = (row_max + tl.math.log2(total)) * 0.6931471805599453
+    rows_l = (batch * groups * REPEATS + head) * num_queries + query
+    tl.store(lse + rows_l, natural, mask=valid)
+
+
+def default_launch(width: int, repeats: int, block_size: int, dtype: torch.dtype) -> Launch:
+    """Tile sizes that compile without spills (benchmarks/codegen.py)."""
+    wide = padded_width(width)
+    if dtype == torch.float32:
+        return Launch(rows=max(16, triton.next_power_of_2(repeats)), keys=16, num_warps=4, num_stages=1)
+    keys = min(block_size, 64 if wide <= 128 else 32)
+    return Launch(rows=max(64, triton.next_power_of_2(repeats)), keys=keys, num_warps=4, num_stages=2)
+
+
+def tile_tokens(launch: Launch, repeats: int) -> int:
+    """Neighbouring queries in one tile."""
+    return min(MAX_TOKENS, max(1, launch.rows // repeats))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor,
+    starts: Tensor | None,
+    *,
+    block_size: int,
+    scale: float,
+    query_offset: int = 0,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor, Unions]:
+    """Attention over the selected blocks.
+
+    Args:
+        q: (B, H, T, D); k, v: (B, G, S, D), any strides with contiguous channels.
+        block_ids: (B, G, T, K) int32 ascending, -1 padded.
+        starts: (B, S) int32, first position of each key's document, or None.
+
+    Returns:
+        out (B, H, T, D) in q's dtype and layout, lse (B, H, T) float32, and the unions that were read.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, num_queries, width = q.shape
+    groups, num_keys = k.shape[1], k.shape[2]
+    repeats = heads // groups
+    launch = launch or default_launch(width, repeats, block_size, q.dtype)
+    unions = tile_unions(
+        block_ids, starts, num_keys=num_keys, block_size=block_size,
+        tokens=tile_tokens(launch, repeats), query_offset=query_offset,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
+    num_tiles = unions.counts.shape[2]
+    _attend[(num_tiles, batch * groups)](
+        q, k, v, out, lse,
+        unions.first_keys, unions.members, unions.counts, unions.past_counts,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        groups, num_queries, num_keys, num_tiles, unions.first_keys.shape[3], query_offset,
+        scale * math.log2(math.e),
+        REPEATS=repeats, TOKENS=unions.tokens, ROWS=launch.rows,
+        WIDTH=width, WIDTH_P=padded_width(width), BLOCK=block_size, KEYS=min(launch.keys, block_size),
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    return out, lse, unions

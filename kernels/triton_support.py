@@ -1,0 +1,120 @@
+"""What the Triton kernels serve, and the one-sentence refusals of the rest.
+
+Imported by every kernel file and by ops.py before a kernel is compiled. Kernels run on CUDA tensors, or on
+CPU tensors under Triton's interpreter (TRITON_INTERPRET=1, set before the first operation; for tests).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .reference import document_starts
+
+OLDEST, NEWEST = (3, 6), (3, 9)
+"""Triton versions that the kernels were compiled with, both ends included."""
+MAX_WIDTH = 256
+"""Widest head."""
+MAX_TOP_K = 64
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is cut into programs; the numbers never change a result beyond rounding."""
+
+    rows: int
+    """Rows of a query tile: tokens times heads."""
+    keys: int
+    """Key tokens per step."""
+    num_warps: int
+    num_stages: int
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Python, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_version() -> None:
+    """Raises:
+    ValueError: Triton is older or newer than what the kernels were compiled with.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not OLDEST <= version <= NEWEST:
+        oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+        raise ValueError(
+            f"Triton {triton.__version__} is installed, the kernels were compiled with {oldest} to "
+            f"{newest}: install one of these, or set backend='torch'"
+        )
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Refuse tensors that no kernel takes: mixed or foreign devices, mixed or wide dtypes.
+
+    Integer tensors (block ids, document ids) count for the device only.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, *others = given
+    device = given[first].device
+    for name in others:
+        if given[name].device != device:
+            raise ValueError(
+                f"{name} is on {given[name].device} and {first} on {device}: move them to one device"
+            )
+    if device.type not in ("cuda", "meta") and not interpreting():
+        raise ValueError(
+            f"backend='triton' got tensors on {device}: move them to a CUDA device, or set backend='torch'"
+        )
+    floats = [name for name in given if given[name].is_floating_point()]
+    for name in floats:
+        dtype = given[name].dtype
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{name} is {dtype}: the Triton kernels take bfloat16, float16 and float32; "
+                "set backend='torch'"
+            )
+        if dtype != given[floats[0]].dtype:
+            raise ValueError(
+                f"{name} is {dtype} and {floats[0]} is {given[floats[0]].dtype}: cast them to one dtype"
+            )
+
+
+def check_width(name: str, width: int) -> None:
+    if width % 16 or not 16 <= width <= MAX_WIDTH:
+        raise ValueError(
+            f"{name} has width {width}: the Triton kernels serve multiples of 16 up to {MAX_WIDTH}; "
+            "set backend='torch'"
+        )
+
+
+def check_block_size(block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"block_size={block_size}: the Triton kernels serve {', '.join(map(str, BLOCK_SIZES))}; use "
+            "one of these, or set backend='torch'"
+        )
+
+
+def check_top_k(top_k: int) -> None:
+    if top_k > MAX_TOP_K:
+        raise ValueError(
+            f"top_k={top_k}: the Triton kernels keep at most {MAX_TOP_K} blocks a query; use fewer, or set "
+            "backend='torch'"
+        )
+
+
+def padded_width(width: int) -> int:
+    """Power of two that holds a head; the rest is masked."""
+    return triton.next_power_of_2(width)
+
+
+def key_starts(document_ids: Tensor | None) -> Tensor | None:
+    """(B, S) int32, first position of each key's document; None where each row is one document."""
+    if document_ids is None:
+        return None
+    return document_starts(document_ids).to(torch.int32)
