@@ -6,9 +6,9 @@ and the last T keys as a causal square. Pieces are joined by their log-sum-exps:
 
     lse = log sum_p exp(lse_p)          out = sum_p exp(lse_p - lse) out_p
 
-Backward: a kernel given the joint out and lse recomputes P = exp(s - lse) and delta = sum(dout * out), which
-are the joint softmax's own, so its gradients for the keys of its piece are the true ones, and those of the
-queries add up. Called by library_dense.py; a test plugs in torch's CPU kernel.
+Backward: a kernel given the joint out and lse recomputes P = exp(s - lse) and delta = sum(dout * out) of
+the joint softmax, so its gradients for the keys of its piece are the true ones, and those of the queries
+add up. Called by library_dense.py; a test plugs in torch's CPU kernel.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kernel:
 def piecewise_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last T of S tokens: out (B, H, T, D) and lse (B, H, T), no gradient of lse."""
+    """Causal attention of the last T of S tokens: out (B, H, T, D), and lse (B, H, T) without gradient."""
     return _Piecewise.apply(q, k, v, scale, kernel)
 
 

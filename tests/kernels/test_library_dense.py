@@ -195,13 +195,19 @@ def test_flash_attention_is_asked_for_the_log_sum_exp_in_its_own_words(monkeypat
         out, lse = cpu_causal(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale)
         return out.transpose(1, 2), lse
 
-    source = f"def flash_attn_func(q, k, v, softmax_scale=None, causal=False{', %s=False' % keyword if keyword else ''}):"
-    asked = f"{keyword}={keyword}" if keyword else ""
-    space = {"fake": fake}
-    exec(f"{source}\n    return fake(q, k, v, softmax_scale, causal, {asked})", space)
+    def with_return_lse(q, k, v, softmax_scale=None, causal=False, return_lse=False):
+        return fake(q, k, v, softmax_scale, causal, return_lse=return_lse)
+
+    def with_return_attn_probs(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False):
+        return fake(q, k, v, softmax_scale, causal, return_attn_probs=return_attn_probs)
+
+    def unasked(q, k, v, softmax_scale=None, causal=False):
+        return fake(q, k, v, softmax_scale, causal)
+
+    forms = {"return_lse": with_return_lse, "return_attn_probs": with_return_attn_probs}
 
     class Module:
-        flash_attn_func = staticmethod(space["flash_attn_func"])
+        flash_attn_func = staticmethod(forms.get(keyword, unasked))
 
     monkeypatch.setattr(library_dense.importlib, "import_module", lambda name: Module)
     q, k = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 10, 16)
