@@ -248,9 +248,32 @@ def sparse_decode(
     init_blocks: int = 0,
     scale: float | None = None,
     document_ids: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """One new token, the last of S cached ones: selection and sparse attention; out (B, H, 1, D)."""
+    """One new token, the last of S cached ones: selection and sparse attention; out (B, H, 1, D).
+
+    `lengths` (B,) int32, at least 1: cached tokens of each row, the new one (key lengths[b] - 1) included;
+    what lies beyond is never read. None means all S.
+    """
     assert q.shape[2] == 1
+    if lengths is not None:
+        rows = [
+            sparse_decode(
+                q[row : row + 1],
+                k[row : row + 1, :, :length],
+                v[row : row + 1, :, :length],
+                index_q[row : row + 1],
+                index_k[row : row + 1, :, :length],
+                block_size=block_size,
+                top_k=top_k,
+                local_blocks=local_blocks,
+                init_blocks=init_blocks,
+                scale=scale,
+                document_ids=None if document_ids is None else document_ids[row : row + 1, :length],
+            )
+            for row, length in enumerate(lengths.tolist())
+        ]
+        return torch.cat(rows)
     offset = k.shape[2] - 1
     block_ids = select_blocks(
         index_q,

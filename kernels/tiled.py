@@ -285,28 +285,36 @@ def sparse_decode(
     init_blocks: int = 0,
     scale: float | None = None,
     document_ids: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """See reference.sparse_decode; reads all index keys, but only the selected keys and values."""
     batch, _, num_keys, _ = k.shape
     dtype = accumulation_dtype(q)
-    starts = q.new_zeros(batch, dtype=torch.long)
+    last = q.new_full((batch,), num_keys - 1, dtype=torch.long)
+    if lengths is not None:
+        last = lengths.long() - 1
+    starts = torch.zeros_like(last)
     if document_ids is not None:
-        starts = document_starts(document_ids)[:, -1]
-    relative = torch.arange(num_keys, device=q.device)[None] - starts[:, None]
+        starts = document_starts(document_ids).gather(1, last[:, None])[:, 0]
+    position = torch.arange(num_keys, device=q.device)[None]
+    relative = position - starts[:, None]
     scores = (index_q.to(dtype) @ index_k.to(dtype).transpose(-1, -2))[:, :, 0]
-    scores = scores.masked_fill((relative < 0)[:, None], -math.inf)
+    hidden = (relative < 0) | (position > last[:, None])
+    scores = scores.masked_fill(hidden[:, None], -math.inf)
     num_blocks = -(-num_keys // block_size)
     blocks = (relative.clamp(min=0) // block_size)[:, None].expand_as(scores)
     best = scores.new_full((*scores.shape[:2], num_blocks), -math.inf)
     best.scatter_reduce_(-1, blocks, scores, "amax")
-    current = ((num_keys - 1 - starts) // block_size)[:, None].expand(best.shape[:2])
+    current = ((last - starts) // block_size)[:, None].expand(best.shape[:2])
     ids = top_blocks(best, current, top_k, local_blocks, init_blocks).long()
 
     within = torch.arange(block_size, device=q.device)
     offsets = (ids[..., None] * block_size + within).flatten(-2)
     positions = offsets + starts[:, None, None]
-    valid = (ids >= 0).repeat_interleave(block_size, dim=-1) & (positions < num_keys)
-    rows = positions.clamp(0, num_keys - 1)[..., None].expand(-1, -1, -1, k.shape[-1])
+    newest = last[:, None, None]
+    valid = (ids >= 0).repeat_interleave(block_size, dim=-1) & (positions <= newest)
+    # What is not selected is read at the newest token: beyond it the cache may hold anything, also NaN.
+    rows = torch.where(valid, positions, newest)[..., None].expand(-1, -1, -1, k.shape[-1])
     keys, values = k.gather(2, rows).to(dtype), v.gather(2, rows).to(dtype)
     grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))[:, :, :, 0]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
