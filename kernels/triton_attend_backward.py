@@ -1,0 +1,120 @@
+"""Sparse attention, backward: gradients of queries, keys and values from what the forward pass left.
+
+    delta = sum over channels of dout * out          p = exp(q k^T * scale - lse)
+    dv = p^T dout      ds = p * (dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
+
+over the visible tokens of the selected blocks (derivative of reference.sparse_attention). Keys and values
+come from triton_attend_dkv.py, which walks the queries of each block. The queries' gradient is either added
+there by atomics (five matrix products a pair in all, sums in no fixed order) or made by a second pass over the
+forward's unions (triton_attend_dq.py; seven products, three of them over the union; two runs give the same
+bits).
+
+Shapes: B batch, H query heads, G groups, R = H / G, T queries, S keys, D head width, K selected blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_attend import tile_tokens
+from .triton_attend_dkv import key_value_gradients
+from .triton_attend_dq import query_gradients, row_delta
+from .triton_lists import query_lists
+from .triton_support import Launch, padded_width
+from .triton_unions import Unions, tile_unions
+
+
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """How the backward pass is cut; the numbers never change a result beyond rounding."""
+
+    by_key: Launch
+    """Gradients of keys and values: queries of one head a step, keys a program."""
+    by_query: Launch
+    """Gradient of queries: rows (tokens times heads) of a tile, keys a step."""
+    chunk: int | None = None
+    """Queries of a block that one program walks at most; triton_lists.default_chunk where None."""
+
+
+def default_launch(
+    width: int, repeats: int, block_size: int, dtype: torch.dtype, deterministic: bool
+) -> BackwardLaunch:
+    """Tile sizes that compile without spills (benchmarks/codegen.py)."""
+    wide = padded_width(width)
+    fitting = triton.next_power_of_2(repeats)
+    if dtype == torch.float32:
+        return BackwardLaunch(
+            by_key=Launch(rows=16, keys=16, num_warps=4, num_stages=1),
+            by_query=Launch(rows=max(16, fitting), keys=16, num_warps=4, num_stages=1),
+        )
+    return BackwardLaunch(
+        by_key=Launch(rows=64, keys=64, num_warps=4, num_stages=2),
+        by_query=Launch(
+            rows=max(64, fitting), keys=64 if wide <= 128 else 32, num_warps=4, num_stages=2
+        ),
+    )
+
+
+def attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    query_offset: int = 0,
+    unions: Unions | None = None,
+    deterministic: bool = False,
+    launch: BackwardLaunch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `out` in q, k and v (not through lse).
+
+    Args:
+        q, out, grad_out: (B, H, T, D); k, v: (B, G, S, D), any strides.
+        block_ids: (B, G, T, K) int32 ascending, -1 padded, those of the forward pass.
+        starts: (B, S) int32, first position of each key's document, or None.
+        lse: (B, H, T) float32, natural logarithm.
+        unions: what the forward pass returned; made again where they do not fit, or are None.
+        deterministic: repeat bitwise; dq then takes a pass of its own instead of atomics.
+
+    Returns:
+        dq, dk, dv in the dtypes of q, k and v; exactly zero in keys that nobody selected.
+    """
+    q, k, v, out, grad_out = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out, grad_out)
+    )
+    lse = lse.contiguous()
+    repeats = q.shape[1] // k.shape[1]
+    launch = launch or default_launch(q.shape[-1], repeats, block_size, q.dtype, deterministic)
+    delta = row_delta(out, grad_out)
+    lists = query_lists(
+        block_ids, starts, num_keys=k.shape[2], block_size=block_size, query_offset=query_offset,
+        chunk=launch.chunk,
+    )  # fmt: skip
+    sums = None if deterministic else torch.zeros_like(q, dtype=torch.float32)
+    grad_k, grad_v = key_value_gradients(
+        q, k, v, grad_out, lse, delta, lists, starts, block_size=block_size, scale=scale,
+        query_offset=query_offset, launch=launch.by_key, grad_q=sums,
+    )  # fmt: skip
+    if sums is not None:
+        return sums.to(q.dtype), grad_k, grad_v
+    tokens = tile_tokens(launch.by_query, repeats)
+    if unions is None or unions.tokens != tokens:
+        unions = tile_unions(
+            block_ids, starts, num_keys=k.shape[2], block_size=block_size, tokens=tokens,
+            query_offset=query_offset,
+        )  # fmt: skip
+    grad_q = query_gradients(
+        q, k, v, grad_out, lse, delta, unions, block_size=block_size, scale=scale,
+        query_offset=query_offset, launch=launch.by_query,
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v
