@@ -40,6 +40,13 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def target_arch() -> int:
+    """Compute capability that kernels are compiled for, 90 for sm_90; 90 under the interpreter."""
+    if interpreting():
+        return 90
+    return int(triton.runtime.driver.active.get_current_target().arch)
+
+
 def check_version() -> None:
     """Raises:
     ValueError: Triton is older or newer than what the kernels were compiled with.
