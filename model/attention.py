@@ -5,6 +5,10 @@ document bounds and the place for a layer's report travel as one argument, `msa_
 Registered beside it: a mask function, without which transformers would pass no mask at all and padding
 and packing would be lost. It returns document ids, since a block-diagonal causal mask is all we serve.
 
+With a cache of fixed capacity (transformers' StaticCache) S is the capacity. Prefill cuts it to what is
+filled. A decoding step keeps it and learns the length from the device, so its launches are the same at
+every step and a CUDA graph can hold them; the mask is then transformers' own (B, 1, 1, S).
+
 Shapes: q (B, H, T, D), k and v (B, G, S, D), index q (B, G, T, D_idx), index k (B, 1, S, D_idx).
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,14 +29,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels import ops
 from ..kernels.measures import SelectionMeasures, measure_selection
 from .bridge import passed
+from .execution import Dispatch, Execution, dispatch_of, set_execution
 from .geometry import Geometry
 
 NAME = "dense2sparse"
 """Name of the attention implementation in transformers' registry."""
 
-Mode = Literal["dense", "warmup", "sparse", "oracle"]
+Mode = Literal["dense", "warmup", "sparse", "oracle", "auto"]
 """dense: full attention. warmup: the same, KL over full rows. sparse: blocks of the index branch.
-oracle: blocks of the largest true attention mass."""
+oracle: blocks of the largest true attention mass. auto: dense below the length from which sparse is faster
+(model/execution.py), sparse from there on and wherever a KL or a measurement is asked for."""
 
 
 @dataclass
@@ -91,11 +98,14 @@ def attend(
     sliding_window: int | None = None,
     index_q: Tensor | None = None,
     index_k: Tensor | None = None,
+    cache_len: Tensor | None = None,
     msa_call: AttentionCall | None = None,
     msa_observer: Callable[..., None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer; returns (B, T, H, D) as transformers expects. Dropout is not applied.
+
+    `cache_len` (), int64: filled part of a cache of fixed capacity, the new tokens included.
 
     Raises:
         ValueError: attention with soft-capping or sinks, which MSA does not define.
@@ -106,31 +116,86 @@ def attend(
         msa_observer(
             module, query, key, scaling=scaling, sliding_window=sliding_window, extra=kwargs
         )
+    sdpa = partial(ALL_ATTENTION_FUNCTIONS["sdpa"], scaling=scaling, **kwargs)
     if sliding_window is not None:
         if msa_call is not None and msa_call.document_ids is not None:
             _check_bounds(attention_mask, msa_call.document_ids)
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa(module, query, key, value, attention_mask)
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} uses {name}, which sparse attention does not define"
             )
-    documents = attention_mask
-    if msa_call is not None and msa_call.document_ids is not None:
-        documents = msa_call.document_ids
+    sparse = index_q is not None and index_k is not None
+    call = msa_call
+    if call is None and sparse:
+        call = AttentionCall(module.msa_mode, top_k=module.msa_top_k)
+    documents, lengths = attention_mask, None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if call is not None and call.document_ids is not None:
+            raise ValueError("document_ids of a call need a cache that grows: pass a DynamicCache")
+        if attention_mask.dtype == torch.int32:
+            documents, key, value, index_k = _filled(attention_mask, key, value, index_k)
+        elif attention_mask.dtype != torch.bool or query.shape[2] != 1:
+            raise ValueError(
+                f"{attention_mask.dtype} mask of shape {tuple(attention_mask.shape)}: give a padding mask "
+                "(B, S), or document_ids in the call"
+            )
+        elif not sparse or _step_is_dense(module, call, query, key):
+            return sdpa(module, query, key, value, attention_mask)
+        else:
+            # What the mask hides before the new token is padding; what lies behind it is not read.
+            assert cache_len is not None
+            documents = attention_mask[:, 0, 0].int()
+            lengths = cache_len.to(torch.int32).expand(len(key))
+    elif call is not None and call.document_ids is not None:
+        documents = call.document_ids
     offset = key.shape[2] - query.shape[2]
-    if index_q is None or index_k is None:
+    if call is None or index_q is None or index_k is None:
+        backend = dispatch_of(module).execution.backend
         out, _ = ops.dense_attention(
-            query, key, value, scale=scaling, document_ids=documents, query_offset=offset
+            query,
+            key,
+            value,
+            scale=scaling,
+            document_ids=documents,
+            query_offset=offset,
+            backend=backend,
         )
     else:
-        call = msa_call or AttentionCall(module.msa_mode, top_k=module.msa_top_k)
-        layer = _SparseLayer(
-            module.msa_geometry, call, module.layer_idx, scaling, documents, offset
-        )
+        layer = _SparseLayer(module, call, scaling, documents, offset, lengths)
         out = layer(query, key, value, index_q, index_k)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _filled(
+    mask: Tensor, key: Tensor, value: Tensor, index_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Document ids, keys, values and index keys of the filled part of a cache of fixed capacity.
+
+    `mask` (B, 1, 1, S) int32: document ids, -1 where the cache is empty; made by `document_mask`.
+    """
+    if mask.shape[-1] != key.shape[2]:
+        raise ValueError(f"attention_mask covers {mask.shape[-1]} tokens, not {key.shape[2]} keys")
+    filled = int((mask[0, 0, 0] >= 0).sum())
+    index_k = None if index_k is None else index_k[:, :, :filled]
+    return mask[:, 0, 0, :filled], key[:, :, :filled], value[:, :, :filled], index_k
+
+
+def _step_is_dense(module: Any, call: AttentionCall | None, query: Tensor, key: Tensor) -> bool:
+    """Whether a sparse layer's decoding step on a cache of fixed capacity attends to all of it."""
+    assert call is not None
+    if call.mode == "oracle" or call.kl_weight is not None or call.measure:
+        raise ValueError(
+            "oracle selection, KL and measurements need a cache that grows: pass a DynamicCache, or none"
+        )
+    if call.mode in ("dense", "warmup"):
+        return True
+    budget = module.msa_geometry.block_size * (call.top_k or module.msa_geometry.top_k)
+    # The length is on the device; the capacity decides, since a launch that is replayed must not change.
+    return dispatch_of(module).runs_dense(
+        call.mode == "auto", query, key, budget_tokens=budget, one_token=True
+    )
 
 
 def _check_bounds(mask: Tensor | None, document_ids: Tensor) -> None:
@@ -147,32 +212,33 @@ def _check_bounds(mask: Tensor | None, document_ids: Tensor) -> None:
 class _SparseLayer:
     """One sparse layer in one forward pass."""
 
-    geometry: Geometry
+    module: Any
     call: AttentionCall
-    layer: int
     scale: float | None
     documents: Tensor | None
     offset: int
+    lengths: Tensor | None
+    """(B,) int32, cached tokens of a step on a cache of fixed capacity; None: all keys are there."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor) -> Tensor:
-        call, geometry = self.call, self.geometry
+        call, execution = self.call, self.dispatch.execution
         wants_report = call.kl_weight is not None or call.measure
-        if call.mode == "sparse" and q.shape[2] == 1 and not wants_report:
-            return ops.sparse_decode(
-                q,
-                k,
-                v,
-                index_q,
-                index_k,
-                **self._budget,
-                scale=self.scale,
-                document_ids=self.documents,
-            )
-        report = call.reports.setdefault(self.layer, LayerReport())
-        common: dict[str, Any] = {"scale": self.scale, "document_ids": self.documents}
-        if call.mode in ("dense", "warmup"):
+        common: dict[str, Any] = {
+            "scale": self.scale,
+            "document_ids": self.documents,
+            "backend": execution.backend,
+        }
+        chooses = call.mode in ("sparse", "auto", "oracle")
+        dense = not chooses or (not wants_report and self._runs_dense(q, k))
+        if q.shape[2] == 1 and not dense and not wants_report and call.mode != "oracle":
+            if self.lengths is not None:
+                common["lengths"] = self.lengths
+            common |= execution.precision
+            return ops.sparse_decode(q, k, v, index_q, index_k, **self._budget, **common)
+        report = call.reports.setdefault(self.module.layer_idx, LayerReport())
+        support: dict[str, Any] = {}
+        if dense:
             out, lse = ops.dense_attention(q, k, v, **common, query_offset=self.offset)
-            support: dict[str, Any] = {}
         else:
             if report.block_ids is None:
                 report.block_ids = self._select(q, k, index_q, index_k)
@@ -180,17 +246,35 @@ class _SparseLayer:
                 raise ValueError(
                     "this AttentionCall has served a forward pass: make a new one for each"
                 )
-            support = {"block_ids": report.block_ids, "block_size": geometry.block_size}
+            support = {"block_ids": report.block_ids, "block_size": self.geometry.block_size}
             out, lse = ops.sparse_attention(q, k, v, **support, **common, query_offset=self.offset)
         if call.measure and report.measures is None:
             self._measure(report, q, k, index_q, index_k)
         if call.kl_weight is not None:
-            scale = geometry.index_scale
+            scale = self.geometry.index_scale
             kl = ops.index_kl(q, k, lse, index_q, index_k, **support, **common, index_scale=scale)
             report.kl = kl.detach() if call.attach_kl else kl
             if call.attach_kl and torch.is_grad_enabled() and kl.requires_grad:
                 out = _CarryKL.apply(out, kl, call.kl_weight)
         return out
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.module.msa_geometry
+
+    @property
+    def dispatch(self) -> Dispatch:
+        return dispatch_of(self.module)
+
+    def _runs_dense(self, q: Tensor, k: Tensor) -> bool:
+        budget = self._budget
+        return self.dispatch.runs_dense(
+            self.call.mode == "auto",
+            q,
+            k,
+            budget_tokens=budget["top_k"] * budget["block_size"],
+            one_token=q.shape[2] == 1,
+        )
 
     @property
     def _budget(self) -> dict[str, Any]:
@@ -203,10 +287,15 @@ class _SparseLayer:
         }
 
     def _select(self, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor) -> Tensor:
-        where: dict[str, Any] = {"document_ids": self.documents, "query_offset": self.offset}
+        execution = self.dispatch.execution
+        where: dict[str, Any] = {
+            "document_ids": self.documents,
+            "query_offset": self.offset,
+            "backend": execution.backend,
+        }
         if self.call.mode == "oracle":
             return ops.select_by_mass(q, k, **self._budget, **where, scale=self.scale)
-        return ops.select_blocks(index_q, index_k, **self._budget, **where)
+        return ops.select_blocks(index_q, index_k, **self._budget, **where, **execution.precision)
 
     def _measure(self, report: LayerReport, q, k, index_q, index_k) -> None:
         if self.offset:
@@ -243,6 +332,9 @@ def document_mask(
     A new document starts where a token does not see its predecessor (packing) and where the padding mask
     changes. So left padding is a document of its own, and the blocks of a left-padded prompt start at its
     first real token (trap 4). Layers with a sliding window get the mask of transformers' own SDPA path.
+
+    With a cache of fixed capacity: (B, 1, 1, S), for one new token that same SDPA mask, else int32 ids with
+    -1 where the cache is empty. Of four dimensions, since transformers would take two for a padding mask.
     """
     if local_size is not None:
         if mask_function is not None:
@@ -251,9 +343,17 @@ def document_mask(
             kwargs["device"] = device
         kwargs.update(attention_mask=attention_mask, local_size=local_size)
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
+    fixed = isinstance(q_offset, Tensor) or kv_length > q_offset + q_length
+    if fixed and q_length == 1:
+        assert mask_function is not None
+        kwargs.update(mask_function=mask_function, device=device, allow_is_causal_skip=False)
+        kwargs.update(attention_mask=attention_mask)
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
+    capacity, kv_length = kv_length, int(q_offset) + q_length
     starts = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
     if attention_mask is not None:
-        padding = attention_mask[:, -kv_length:].to(device=device, dtype=torch.bool)
+        known = attention_mask[:, :kv_length] if fixed else attention_mask[:, -kv_length:]
+        padding = known.to(device=device, dtype=torch.bool)
         starts[:, 1:] |= padding[:, 1:] != padding[:, :-1]
     # Packing is found from whole rows of position ids, so it needs every query at hand.
     if mask_function is not None and q_length == kv_length and kv_length > 1:
@@ -261,6 +361,9 @@ def document_mask(
         rows = torch.arange(batch_size, device=device)[:, None]
         sees = mask_function(rows, torch.zeros_like(rows), here[None], here[None] - 1)
         starts[:, 1:] |= ~torch.as_tensor(sees, device=device).expand(batch_size, kv_length - 1)
+    if fixed:
+        ids = starts.cumsum(dim=1, dtype=torch.int32)
+        return torch.nn.functional.pad(ids, (0, capacity - kv_length), value=-1)[:, None, None]
     return starts.cumsum(dim=1, dtype=torch.int32) if bool(starts.any()) else None
 
 
@@ -271,16 +374,27 @@ def register() -> None:
 
 
 @contextmanager
-def attention_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> Iterator[None]:
-    """Default mode of forward passes without `msa_call`, such as those of `generate`."""
+def attention_mode(
+    model: nn.Module, mode: Mode, top_k: int | None = None, execution: Execution | None = None
+) -> Iterator[None]:
+    """Default mode of forward passes without `msa_call`, such as those of `generate`.
+
+    Args:
+        execution: how every layer computes meanwhile; None leaves it as it is.
+    """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "msa_mode")]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse layer: convert or load it first")
     before = [(layer.msa_mode, layer.msa_top_k) for layer in layers]
+    usual = dispatch_of(layers[0])
     try:
         for layer in layers:
             layer.msa_mode, layer.msa_top_k = mode, top_k
+        if execution is not None:
+            set_execution(model, execution)
         yield
     finally:
         for layer, (old_mode, old_top_k) in zip(layers, before, strict=True):
             layer.msa_mode, layer.msa_top_k = old_mode, old_top_k
+        if execution is not None:
+            set_execution(model, usual)

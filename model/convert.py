@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from .attention import NAME, Mode, register
 from .bridge import install
 from .closed_form import LayerMoments, fit
+from .execution import Execution, set_execution
 from .geometry import (
     Geometry,
     SparsityLike,
@@ -91,6 +92,7 @@ def convert(
         for name, value in weights.items():
             attention.get_parameter(name).copy_(value)
     setattr(model.config, CONFIG_KEY, geometry.to_config())
+    set_execution(model, Execution())
     model.config._attn_implementation = NAME
     return model
 
@@ -146,9 +148,15 @@ def save(
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, mode: Mode = "sparse"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mode: Mode = "sparse",
+    execution: Execution | None = None,
 ) -> PreTrainedModel:
     """Load a converted folder with its index branch; `mode` is the default of plain forward passes.
+
+    `execution` says how they are computed; None is the default of `Execution`.
 
     Raises:
         ValueError: not a converted folder, or index tensors missing, unused or of a wrong shape.
@@ -167,6 +175,7 @@ def load(
         graft(attentions[layer], geometry)
         attentions[layer].msa_mode = mode  # type: ignore[assignment]
     _load_index_tensors(model, Path(path))
+    set_execution(model, execution or Execution())
     model.config._attn_implementation = NAME
     return model
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicIndexedLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, StaticIndexedLayer
 
 from .attention import AttentionCall, Mode
 from .geometry import Geometry
@@ -62,9 +62,12 @@ class IndexedAttention:
         **kwargs: Any,
     ):
         index_q, index_k = self.index_states(hidden_states, position_embeddings)
+        cache_len = None
         if past_key_values is not None:
             layer = indexed_layer(past_key_values, self.layer_idx)
             index_k = layer.update_indexer(index_k[:, 0]).unsqueeze(1)
+            if isinstance(layer, StaticIndexedLayer):
+                cache_len = layer.indexer_cumulative_length
         return super().forward(  # type: ignore[misc]
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
@@ -73,6 +76,7 @@ class IndexedAttention:
             msa_call=msa_call,
             index_q=index_q,
             index_k=index_k,
+            cache_len=cache_len,
             **kwargs,
         )
 
@@ -138,22 +142,29 @@ def graft(attention: Any, geometry: Geometry) -> None:
     attention.msa_mode, attention.msa_top_k = "sparse", None
 
 
-def indexed_layer(cache: Cache, layer: int) -> DynamicIndexedLayer:
+def indexed_layer(cache: Cache, layer: int) -> DynamicIndexedLayer | StaticIndexedLayer:
     """The cache layer that also keeps index keys; put in place while the layer is still empty.
 
     Raises:
-        ValueError: the layer already holds keys without index keys, or is of a fixed size.
+        ValueError: the layer already holds keys without index keys, or is of a kind that cannot hold them.
     """
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicIndexedLayer())
     found: Any = cache.layers[layer]
-    if isinstance(found, DynamicIndexedLayer):
+    if isinstance(found, DynamicIndexedLayer | StaticIndexedLayer):
         return found
-    if type(found).__name__ != "DynamicLayer" or found.is_initialized:
+    kind = type(found).__name__
+    # A layer of fixed capacity may have its memory already, and still be empty.
+    empty_yet = kind == "StaticLayer" and not int(found.cumulative_length)
+    if not empty_yet and (kind != "DynamicLayer" or found.is_initialized):
         raise ValueError(
-            f"layer {layer} of the cache is a {type(found).__name__} without index keys: pass an empty "
-            "DynamicCache, or none at all"
+            f"layer {layer} of the cache is a {kind} without index keys: pass an empty DynamicCache or "
+            "StaticCache, or none at all"
         )
-    empty = DynamicIndexedLayer()
+    empty: DynamicIndexedLayer | StaticIndexedLayer = DynamicIndexedLayer()
+    if kind == "StaticLayer":
+        empty = StaticIndexedLayer(max_cache_len=found.max_cache_len)
+        # `generate` would hand the model to torch.compile, which does not follow our layers.
+        empty.is_compileable = False
     cache.layers[layer] = empty
     return empty

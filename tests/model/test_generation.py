@@ -111,16 +111,99 @@ def test_prefill_in_chunks_equals_prefill_at_once(model):
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["sparse", "dense", "oracle"])
+@pytest.mark.parametrize("chunk", [7, 40, 64])
+def test_generating_from_a_prompt_read_in_chunks_equals_at_once(model, mode, chunk):
+    """Chunks shorter than a block, and longer ones that end inside a block; tokens and logits."""
+    ids, mask = prompt(100)
+    options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    with attention_mode(model, mode):
+        whole = generate(model, ids, mask, **options)
+        chunked = generate(model, ids, mask, prefill_chunk_size=chunk, **options)
+    assert torch.equal(chunked.sequences, whole.sequences)
+    for ours, theirs in zip(chunked.logits, whole.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def padded(lengths, width):
+    """Rows of unequal lengths, padded on the left; also alone."""
+    rows = [prompt(length, seed=length)[0] for length in lengths]
+    ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    return rows, ids, torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+
+
+@pytest.mark.parametrize("chunk", [20, 48])
+def test_a_padded_batch_in_chunks_equals_its_rows_alone(model, chunk):
+    """The first chunks of a short row hold nothing but padding."""
+    rows, ids, mask = padded((33, 60, 75), 75)
+    together = generate(model, ids, mask, prefill_chunk_size=chunk, max_new_tokens=8)[:, 75:]
+    for row, alone in enumerate(rows):
+        expected = generate(model, alone, torch.ones_like(alone), max_new_tokens=8)
+        assert torch.equal(together[row], expected[0, alone.shape[1] :])
+
+
 def test_a_cache_that_cannot_hold_index_keys_is_refused(model):
     ids, _ = prompt(20)
-    static = StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="pass an empty DynamicCache"):
-        model(ids, past_key_values=static)
     used = DynamicCache()
     for layer in range(4):
         used.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), layer)
-    with pytest.raises(ValueError, match="without index keys"):
+    with pytest.raises(
+        ValueError, match="without index keys: pass an empty DynamicCache or StaticCache"
+    ):
         model(ids, past_key_values=used)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 30}])
+def test_a_cache_of_fixed_capacity_generates_the_same(model, mode, options):
+    rows, ids, mask = padded((33, 60, 75), 75)
+    with attention_mode(model, mode):
+        grown = generate(model, ids, mask, max_new_tokens=12)
+        fixed = generate(
+            model, ids, mask, max_new_tokens=12, cache_implementation="static", **options
+        )
+    assert torch.equal(fixed, grown)
+
+
+def test_a_step_on_a_cache_of_fixed_capacity_never_reads_behind_its_length(model):
+    """Shapes and launches are those of the capacity; what was not written yet must not matter."""
+    ids, _ = prompt(80)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = StaticCache(config=model.config, max_cache_len=128)
+        model(ids[:, :70], past_key_values=cache)
+        for layer in cache.layers:
+            assert layer.keys.shape[2] == 128
+            for stored in (layer.keys, layer.values):
+                stored[:, :, 70:] = 1e4
+            if hasattr(layer, "indexer_keys"):
+                layer.indexer_keys[:, 70:] = 1e4
+        steps = [
+            model(ids[:, token : token + 1], past_key_values=cache).logits
+            for token in range(70, 80)
+        ]
+    torch.testing.assert_close(torch.cat(steps, 1), expected[:, 70:], atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_cache_of_fixed_capacity_cannot_do_is_refused(model):
+    ids, mask = prompt(70)
+    with (
+        attention_mode(model, "oracle"),
+        pytest.raises(ValueError, match="need a cache that grows"),
+    ):
+        generate(model, ids, mask, cache_implementation="static")
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    call = AttentionCall("sparse", document_ids=torch.zeros(1, 80, dtype=torch.int32))
+    with pytest.raises(ValueError, match="need a cache that grows"):
+        model(ids, past_key_values=cache, msa_call=call)
+
+
+def test_masks_that_are_not_served_are_refused(model):
+    ids, _ = prompt(20)
+    with pytest.raises(ValueError, match="give a padding mask"):
+        model(ids, attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool), use_cache=False)
+    with pytest.raises(ValueError, match="covers 30 tokens, not 20 keys"):
+        model(ids, attention_mask=torch.ones(1, 30, dtype=torch.long), use_cache=False)
 
 
 def test_mode_is_put_back_and_needs_a_sparse_layer(model):
