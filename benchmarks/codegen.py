@@ -108,7 +108,14 @@ def measure(arch: int, only: str = "") -> list[Figures]:
             registers, spills = resource_usage(cubin)
             about = compiled.metadata
             figures[case, cubin] = Figures(
-                case, kernel, arch, registers, spills, about.shared, about.num_warps, about.num_stages
+                case,
+                kernel,
+                arch,
+                registers,
+                spills,
+                about.shared,
+                about.num_warps,
+                about.num_stages,
             )
 
         if arch < 89 and "float8" in name:
@@ -138,7 +145,8 @@ def main() -> int:
     if options.json:
         options.json.write_text(
             json.dumps(
-                {"triton": triton.__version__, "kernels": [asdict(one) for one in figures]}, indent=1
+                {"triton": triton.__version__, "kernels": [asdict(one) for one in figures]},
+                indent=1,
             )
         )
     return 0

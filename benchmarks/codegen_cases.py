@@ -13,7 +13,13 @@ from dense2sparse.kernels import triton_attend, triton_select
 
 
 def _attend(
-    length: int, heads: int, groups: int, width: int, block_size: int, top_k: int, dtype: torch.dtype
+    length: int,
+    heads: int,
+    groups: int,
+    width: int,
+    block_size: int,
+    top_k: int,
+    dtype: torch.dtype,
 ) -> None:
     q, k = (
         torch.empty(1, length, number, width, dtype=dtype, device="meta").transpose(1, 2)
@@ -34,9 +40,7 @@ def _select(
     scales = None
     if dtype == torch.float8_e4m3fn:
         scales = torch.empty(1, length, device="meta")
-    triton_select.select(
-        index_q, index_k, starts, block_size=128, top_k=top_k, key_scales=scales
-    )
+    triton_select.select(index_q, index_k, starts, block_size=128, top_k=top_k, key_scales=scales)
 
 
 CASES: dict[str, Callable[[], None]] = {

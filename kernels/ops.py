@@ -1,8 +1,8 @@
 """The only door to the operations: picks a backend, checks what the caller passed.
 
 Backends: `reference` materialises everything (definitions, tests), `torch` works in tiles on any device,
-`auto` is the fastest one that this version has for the tensors' device. A backend is a module with the
-functions named below; further ones (Triton) register in `_BACKENDS`.
+`triton` runs kernels on CUDA devices (on CPU under Triton's interpreter, for tests), `auto` is `triton` for
+tensors on a CUDA device and `torch` elsewhere. A backend is a module with the functions named below.
 
 Layouts: q (B, H, T, D), k and v (B, G, S, D), index q (B, G, T, D_idx), index k (B, 1, S, D_idx), block
 ids (B, G, T, K) int32 ascending and -1 padded, lse (B, H, T). `document_ids` is (B, S) int32 over the
@@ -12,36 +12,57 @@ meaning of each operation: reference.py.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from . import reference, tiled, tiled_kl
+from .fp8 import round_index
 
-_BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
-    "reference": reference,
-    "torch": SimpleNamespace(
-        select_blocks=tiled.select_blocks,
-        select_by_mass=tiled.select_by_mass,
-        dense_attention=tiled.dense_attention,
-        sparse_attention=tiled.sparse_attention,
-        sparse_decode=tiled.sparse_decode,
-        index_kl=tiled_kl.index_kl,
-    ),
-}
+BACKENDS = ("auto", "reference", "torch", "triton")
+"""Names that `backend=` takes."""
+Precision = Literal["input", "fp8"]
+"""Of index scores: the tensors' own, or e4m3 with a factor a key block (fp8.py)."""
 
-
-def backends() -> list[str]:
-    """Names that `backend=` takes here."""
-    return ["auto", *_BACKENDS]
+_TORCH = SimpleNamespace(
+    select_blocks=tiled.select_blocks,
+    select_by_mass=tiled.select_by_mass,
+    dense_attention=tiled.dense_attention,
+    sparse_attention=tiled.sparse_attention,
+    sparse_decode=tiled.sparse_decode,
+    index_kl=tiled_kl.index_kl,
+)
 
 
-def _operation(name: str, backend: str) -> Any:
-    chosen = "torch" if backend == "auto" else backend
-    if chosen not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is not available here: use one of {backends()}")
-    return getattr(_BACKENDS[chosen], name)
+def resolve(backend: str, device: torch.device) -> str:
+    """Name of the backend that runs tensors of `device`; `auto` is looked up, a wrong name refused."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return backend
+
+
+def _operation(name: str, backend: str, tensor: Tensor) -> Any:
+    chosen = resolve(backend, tensor.device)
+    if chosen == "triton":
+        return getattr(_triton(), name)
+    return getattr(reference if chosen == "reference" else _TORCH, name)
+
+
+def _triton() -> ModuleType:
+    """The Triton backend, imported when it is first asked for."""
+    if find_spec("triton") is None:
+        raise ValueError(
+            "backend='triton' (the default on a CUDA device) needs Triton, which is not installed: "
+            "pip install 'triton>=3.6,<3.10', or set backend='torch'"
+        )
+    from . import triton_ops
+
+    return triton_ops
 
 
 def select_blocks(
@@ -54,6 +75,7 @@ def select_blocks(
     init_blocks: int = 0,
     document_ids: Tensor | None = None,
     query_offset: int = 0,
+    precision: Precision = "input",
     backend: str = "auto",
 ) -> Tensor:
     """Block ids (B, G, T, top_k) int32 of the best blocks by index score; no gradient."""
@@ -61,9 +83,20 @@ def select_blocks(
     _check_offset(index_q, index_k, query_offset)
     _check_documents(document_ids, index_k)
     _check_budget(block_size, top_k, local_blocks, init_blocks)
-    return _operation("select_blocks", backend)(
+    operation = _operation("select_blocks", backend, index_q)
+    options: dict[str, Any] = {}
+    if precision not in ("input", "fp8"):
+        raise ValueError(f"precision={precision!r} is neither 'input' nor 'fp8'")
+    if precision == "fp8" and resolve(backend, index_q.device) == "triton":
+        options["precision"] = precision
+    elif precision == "fp8":
+        index_q, index_k = round_index(
+            index_q, index_k, block_size=block_size, document_ids=document_ids
+        )
+    return operation(
         index_q,
         index_k,
+        **options,
         block_size=block_size,
         top_k=top_k,
         local_blocks=local_blocks,
@@ -91,7 +124,7 @@ def select_by_mass(
     _check_offset(q, k, query_offset)
     _check_documents(document_ids, k)
     _check_budget(block_size, top_k, local_blocks, init_blocks)
-    return _operation("select_by_mass", backend)(
+    return _operation("select_by_mass", backend, q)(
         q,
         k,
         block_size=block_size,
@@ -118,7 +151,7 @@ def dense_attention(
     _check_main(q, k, v)
     _check_offset(q, k, query_offset)
     _check_documents(document_ids, k)
-    return _operation("dense_attention", backend)(
+    return _operation("dense_attention", backend, q)(
         q, k, v, scale=scale, document_ids=document_ids, query_offset=query_offset
     )
 
@@ -133,14 +166,21 @@ def sparse_attention(
     scale: float | None = None,
     document_ids: Tensor | None = None,
     query_offset: int = 0,
+    validate: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the selected blocks: out and lse; differentiable in q, k, v through `out`."""
+    """Attention over the selected blocks: out and lse; differentiable in q, k, v through `out`.
+
+    `validate` looks at every block id (a synchronisation): ascending, padded on the right, none after the
+    query's own block.
+    """
     _check_main(q, k, v)
     _check_offset(q, k, query_offset)
     _check_documents(document_ids, k)
     _check_block_ids(block_ids, q, k)
-    return _operation("sparse_attention", backend)(
+    if validate:
+        _check_id_values(block_ids, block_size, document_ids, query_offset)
+    return _operation("sparse_attention", backend, q)(
         q,
         k,
         v,
@@ -182,7 +222,7 @@ def index_kl(
         _check_block_ids(block_ids, q, k)
         if block_size is None:
             raise ValueError("block_ids need block_size")
-    return _operation("index_kl", backend)(
+    return _operation("index_kl", backend, q)(
         q,
         k,
         lse,
@@ -209,9 +249,14 @@ def sparse_decode(
     init_blocks: int = 0,
     scale: float | None = None,
     document_ids: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Selection and attention for one new token, the last of the S cached ones: out (B, H, 1, D)."""
+    """Selection and attention for one new token, the last cached one: out (B, H, 1, D).
+
+    The new token is the last of the S keys, or key `lengths[b] - 1` where `lengths` (B,) int32 says how
+    many keys of each row are in use.
+    """
     _check_main(q, k, v)
     _check_index(index_q, index_k, k)
     _check_documents(document_ids, k)
@@ -220,7 +265,11 @@ def sparse_decode(
         raise ValueError(
             f"sparse_decode takes one new token, got {q.shape[2]}: use sparse_attention"
         )
-    return _operation("sparse_decode", backend)(
+    if lengths is not None and tuple(lengths.shape) != k.shape[:1]:
+        raise ValueError(
+            f"lengths has shape {tuple(lengths.shape)}: one number a row of the batch of {k.shape[0]}"
+        )
+    return _operation("sparse_decode", backend, q)(
         q,
         k,
         v,
@@ -232,6 +281,7 @@ def sparse_decode(
         init_blocks=init_blocks,
         scale=scale,
         document_ids=document_ids,
+        lengths=lengths,
     )
 
 
@@ -273,6 +323,33 @@ def _check_block_ids(block_ids: Tensor, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"block_ids has shape {tuple(block_ids.shape)}, expected {(*expected, 'K')}"
         )
+
+
+def _check_id_values(
+    block_ids: Tensor, block_size: int, document_ids: Tensor | None, query_offset: int
+) -> None:
+    num_queries = block_ids.shape[2]
+    position = torch.arange(num_queries, device=block_ids.device) + query_offset
+    if document_ids is None:
+        current = (position // block_size)[None]
+    else:
+        current = (position - reference.document_starts(document_ids)[:, position]) // block_size
+    before, after = block_ids[..., :-1], block_ids[..., 1:]
+    problems = {
+        "an id below -1": block_ids < -1,
+        "ids out of order": (after >= 0) & ((before < 0) | (after <= before)),
+        "an id after the query's own block": block_ids > current[:, None, :, None],
+        "no id of the query's own block": (block_ids == current[:, None, :, None]).sum(-1, True)
+        != 1,
+    }
+    for problem, found in problems.items():
+        if found.any():
+            row, group, query, _ = found.nonzero()[0].tolist()
+            listed = block_ids[row, group, query].tolist()
+            raise ValueError(
+                f"block_ids[{row}, {group}, {query}] = {listed} has {problem}: ids ascend, -1 pads on the "
+                f"right, and the last is the own block, {current[min(row, len(current) - 1), query]}"
+            )
 
 
 def _check_budget(block_size: int, top_k: int, local_blocks: int, init_blocks: int) -> None:

@@ -43,7 +43,9 @@ def _steps(
         first = tl.load(first_keys + step // PARTS) + (step % PARTS) * KEYS
         mask = tl.load(members + step // PARTS)
         k_tile = keys + first.to(tl.int64) * stride_k + (key[None, :] * stride_k + channel[:, None])
-        v_tile = values + first.to(tl.int64) * stride_v + (key[:, None] * stride_v + channel[None, :])
+        v_tile = (
+            values + first.to(tl.int64) * stride_v + (key[:, None] * stride_v + channel[None, :])
+        )
         here = first + key < num_keys
         # Blocks of the past lie inside the row, so only the causal part masks keys.
         if CAUSAL:

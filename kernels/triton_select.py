@@ -153,7 +153,9 @@ def _select(
     tl.store(block_ids + rows_o[:, None] + slot, ids, mask=valid[:, None] & (slot < top_k))
 
 
-def default_launch(width: int, heads: int, block_size: int, top_k: int, dtype: torch.dtype) -> Launch:
+def default_launch(
+    width: int, heads: int, block_size: int, top_k: int, dtype: torch.dtype
+) -> Launch:
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
     if dtype == torch.float32:
         tile = Launch(rows=16, keys=16, num_warps=4, num_stages=1)

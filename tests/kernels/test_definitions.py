@@ -248,7 +248,8 @@ def test_union_of_equal_and_of_disjoint_neighbours():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"backend": "triton"}, "backend='triton' is not available here"),
+        ({"backend": "flash"}, "backend='flash' is not one of auto, reference, torch, triton"),
+        ({"precision": "int8"}, "precision='int8' is neither"),
         ({"top_k": 1, "local_blocks": 2}, "top_k=1 cannot hold 2 local"),
         ({"block_size": 0}, "block_size=0"),
         ({"query_offset": 1}, "query_offset=1: 20 queries from there on are more than the 20 keys"),
