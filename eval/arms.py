@@ -23,6 +23,7 @@ import torch
 
 from ..model.attention import attention_mode
 from ..model.convert import load, load_dense
+from ..model.execution import Execution
 
 _MODES = {"converted_dense": "dense", "converted_sparse": "sparse", "converted_oracle": "oracle"}
 _WINDOW = 4096
@@ -71,10 +72,18 @@ class Models:
     """Loads the model of an arm when it is first needed and keeps one at a time."""
 
     def __init__(
-        self, original: Path, converted: Path, *, device: torch.device, dtype: torch.dtype
+        self,
+        original: Path,
+        converted: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        execution: Execution | None = None,
     ) -> None:
+        """`execution` is how the converted model attends; the original is plain transformers."""
         self._paths = {"original": original, "converted": converted}
         self._device, self._dtype = device, dtype
+        self._execution = execution
         self._held: tuple[str, Any] | None = None
         self._fingerprints: dict[str, str] = {}
 
@@ -95,7 +104,7 @@ class Models:
             if which == "original":
                 model = load_dense(path, dtype=self._dtype)
             else:
-                model = load(path, dtype=self._dtype, mode="dense")
+                model = load(path, dtype=self._dtype, mode="dense", execution=self._execution)
             self._held = (which, model.to(self._device).eval())
         return self._held[1]
 

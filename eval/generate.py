@@ -42,6 +42,7 @@ def predict(
     samples: Sequence[Sample],
     folder: Path,
     *,
+    prefill_chunk: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[str], None] = lambda line: None,
@@ -50,6 +51,7 @@ def predict(
     """Answer this rank's share of `samples` that has no answer in `folder` yet; returns how many were made.
 
     `model` is anything with transformers' `generate`, in the attention mode that the caller has set.
+    Prompts longer than `prefill_chunk` tokens are read that many at a time.
 
     Raises:
         ValueError: a damaged line in `folder`, or a prompt that this tokenizer splits otherwise.
@@ -60,13 +62,15 @@ def predict(
     clock = _Clock(mine, progress, every_s)
     with Journal(journal_path(folder, rank, world_size)) as journal:
         for sample in mine:
-            journal.append(answer(model, tokenizer, sample))
+            journal.append(answer(model, tokenizer, sample, prefill_chunk))
             clock.tick(sample)
     return len(mine)
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]:
+def answer(
+    model: Any, tokenizer: Any, sample: Sample, prefill_chunk: int | None = None
+) -> dict[str, Any]:
     """One prediction record: text, hits, score, why it stopped, seconds.
 
     Raises:
@@ -80,11 +84,14 @@ def answer(model: Any, tokenizer: Any, sample: Sample) -> dict[str, Any]:
         )
     input_ids = torch.tensor([ids], device=model.device)
     stops = StoppingCriteriaList([AllFound(tokenizer, sample.references, len(ids))])
+    config = greedy(model, tokenizer, sample.new_tokens)
+    if prefill_chunk is not None and len(ids) > prefill_chunk:
+        config.prefill_chunk_size = prefill_chunk
     begun = time.perf_counter()
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
-        generation_config=greedy(model, tokenizer, sample.new_tokens),
+        generation_config=config,
         stopping_criteria=stops,
     )
     seconds = time.perf_counter() - begun

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..data import corpora
 from ..data.loader import heldout_rows
 from ..model.convert import CONFIG_KEY
+from ..model.execution import Execution
 from ..model.geometry import Geometry
 from ..recipes.schema import (
     PerplexityStage,
@@ -82,7 +83,9 @@ class EvalContext:
 
     def models(self) -> Models:
         """The models behind the arms."""
-        return Models(self.original, self.converted, device=self.device, dtype=self.dtype)
+        where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        execution = Execution.of(self.recipe.execution)
+        return Models(self.original, self.converted, **where, execution=execution)
 
     def tokenizer(self) -> Any:
         """The original checkpoint's tokenizer."""
@@ -105,6 +108,8 @@ class EvalContext:
     def keyed(self, models: Models, run: ArmRun, digest: str) -> str:
         """Folder of one arm's records for one set of prompts or rows, one checkpoint and one precision."""
         precision = str(self.dtype).removeprefix("torch.")
+        if self.recipe.execution.index_precision != "input":  # it may select other blocks
+            precision += f"-index-{self.recipe.execution.index_precision}"
         return f"{digest[:12]}/{run.label}-{models.fingerprint(run)[:12]}-{precision}"
 
     def finish(self, kind: str, stage: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -117,6 +122,7 @@ class EvalContext:
             checkpoint = checkpoint_fingerprint(self.converted)
             head = {"kind": kind, "stage": number, **state, "checkpoint": checkpoint}
             head |= {"precision": str(self.dtype).removeprefix("torch.")}
+            head |= {"index_precision": self.recipe.execution.index_precision}
             head |= {"checkpoint_top_k": self.geometry().top_k}
             write_json(path, {**head, **make()})
         self.barrier()
@@ -295,6 +301,7 @@ def _predict(
                 ctx.tokenizer(),
                 prompts.samples,
                 folders[run.label],
+                prefill_chunk=ctx.recipe.execution.prefill_chunk,
                 rank=ctx.rank,
                 world_size=ctx.world_size,
                 progress=ctx.teller(f"ruler {run.label}"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.break_even import MEASURED, Measured, Phase, break_even
+from ..kernels.ops import BACKENDS
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,13 @@ class ExecutionLike(Protocol):
 
 @dataclass(frozen=True)
 class Execution:
-    """Options that change speed and rounding, not what is computed."""
+    """Options that change speed and rounding. fp8 may also move a block whose score is close to another's
+    into or out of the selection."""
 
     backend: str = "auto"
-    """Of `kernels.ops.backends()`."""
+    """Of `kernels.ops.BACKENDS`."""
     index_precision: Literal["input", "fp8"] = "input"
-    """Precision in which blocks are scored: that of the index heads, or fp8 (GPU kernels only)."""
+    """Precision in which blocks are scored: that of the index heads, or fp8 (kernels/fp8.py)."""
     dense_below: int | None = None
     """Mode "auto" runs dense attention on fewer keys than this; None takes what `measured` says of the
     device, and where it says nothing dense attention ends where blocks begin to be left out."""
@@ -44,11 +46,8 @@ class Execution:
     def __post_init__(self) -> None:
         if self.index_precision not in ("input", "fp8"):
             raise ValueError(f"index_precision={self.index_precision!r}: use 'input' or 'fp8'")
-        if self.index_precision == "fp8" and self.backend in ("reference", "torch"):
-            raise ValueError(
-                f"index_precision='fp8' with backend={self.backend!r}: only the GPU kernels score in fp8; "
-                "use backend='auto', or index_precision='input'"
-            )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r}: use one of {', '.join(BACKENDS)}")
         if self.dense_below is not None and self.dense_below < 0:
             raise ValueError(f"dense_below={self.dense_below}: use a number of tokens, or None")
 

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from ..data.loader import RowLoader, heldout_rows
 from ..model import convert
+from ..model.execution import Execution
 from ..recipes.load import zero_stage
 from . import checkpoint
 from .context import RunContext, warn
@@ -73,7 +74,8 @@ def run_training_stage(
     _seed(recipe.train.seed + index)
     if stage.activation_checkpointing and stage.backbone_lr is None:
         context.say(f"{context.label(index)}: a frozen backbone keeps no activations to recompute")
-    model = convert.load(source, dtype=torch.float32)
+    execution = Execution.of(recipe.execution)
+    model = convert.load(source, dtype=torch.float32, execution=execution)
     check_head(model)
     set_checkpointing(model, stage)
     index_branch = convert.index_parameters(model)

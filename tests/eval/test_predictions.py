@@ -50,6 +50,22 @@ def comparable(folder):
     }
 
 
+def test_prompts_read_in_chunks_get_the_same_answers(
+    tmp_path, tiny_model, tokenizer, short, undisturbed, monkeypatch
+):
+    lengths = []
+    forward = tiny_model.forward
+
+    def watched(*args, **kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(tiny_model, "forward", watched)
+    predict(tiny_model, tokenizer, short, tmp_path, prefill_chunk=100)
+    assert max(lengths) == 100
+    assert comparable(tmp_path) == undisturbed
+
+
 def test_preparing_again_changes_no_byte(prompts, ruler_like_words, works, tokenizer):
     before = {path: path.read_bytes() for path in prompts.folder.rglob("*") if path.is_file()}
     again = make(prompts.folder.parent, ruler_like_words, works, tokenizer)

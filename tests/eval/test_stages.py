@@ -18,6 +18,7 @@ from transformers.utils import logging
 from dense2sparse.data.loader import heldout_rows
 from dense2sparse.eval import arms, perplexity, run, stages
 from dense2sparse.model import convert
+from dense2sparse.model.execution import Execution, dispatch_of
 from dense2sparse.recipes.load import load as load_recipe
 
 RECIPE = """
@@ -96,6 +97,17 @@ def context(home, tmp_path):
 
 def stage_of(context, kind):
     return next(stage for stage in context.recipe.stages if stage.kind == kind)
+
+
+def test_execution_options_reach_the_models_and_fp8_results_stand_apart(context, home):
+    overrides = ["execution.backend=reference", "execution.index_precision=fp8"]
+    ctx = context(recipe=load_recipe(home / "recipe.yaml", overrides))
+    models, sparse = ctx.models(), arms.ArmRun("converted_sparse", 4)
+    held = models.of(sparse)
+    found = {dispatch_of(layer.self_attn).execution for layer in held.model.layers}
+    assert found == {Execution(backend="reference", index_precision="fp8")}
+    usual = context()
+    assert ctx.keyed(models, sparse, "0" * 12) != usual.keyed(usual.models(), sparse, "0" * 12)
 
 
 def test_arms_agree_before_training_and_at_full_budget(context):

@@ -133,6 +133,15 @@ def test_tiny_recipe_itself_is_good(tmp_path: Path) -> None:
         ("stages.4.seed=-1", "stages.4.seed=-1: must be at least 0"),
         ("train.seed=-1", "train.seed=-1: must be at least 0"),
         ("train.seed=.nan", "override 'train.seed=.nan': .nan is not a finite number"),
+        # execution
+        ("execution.backend=cuda", 'execution.backend="cuda": must be one of auto, triton, torch'),
+        ("execution.index_precision=fp4", 'index_precision="fp4": must be one of input, fp8'),
+        ("execution.prefill_chunk=0", "execution.prefill_chunk=0: must be at least 1"),
+        (
+            "execution.prefill_chunk=16",
+            "is shorter than one block: use at least sparsity.block_size=32",
+        ),
+        ("execution.dense_below=9", "execution.dense_below=9: unknown key"),
         # overrides themselves
         ("train.seed", "override 'train.seed': write it as section.key=value"),
         ("=3", "override '=3': write it as section.key=value"),
@@ -156,6 +165,14 @@ def test_smallest_budget_that_leaves_a_choice_is_accepted(tmp_path: Path) -> Non
     recipe = load(tmp_path / "recipe.yaml", ["sparsity.init_blocks=1", "stages.3.top_k=[3]"])
     assert recipe.stages[3].top_k == [3]
     assert "use at least 3" in refusal(tmp_path, "sparsity.init_blocks=1", "stages.3.top_k=[2]")
+
+
+def test_a_chunk_of_prompts_needs_a_stage_with_prompts(tmp_path: Path) -> None:
+    chunk = "execution.prefill_chunk=64"
+    sentence = refusal(tmp_path, chunk, "stages=[{kind: probe}, {kind: report}]")
+    assert "execution.prefill_chunk=64 has no effect: no stage answers prompts" in sentence
+    needles = "stages=[{kind: probe, needles: 2}]"
+    assert load(tmp_path / "recipe.yaml", [chunk, needles]).execution.prefill_chunk == 64
 
 
 def test_recipe_and_evaluation_know_the_same_ruler_tasks_and_lengths(tmp_path: Path) -> None:

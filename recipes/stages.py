@@ -1,0 +1,186 @@
+"""Stages of a recipe: what trains, what measures, in the order of the list `stages`; part of schema.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from .section import Section
+
+Arm = Literal["original_dense", "converted_dense", "converted_sparse", "converted_oracle"]
+ALL_ARMS: tuple[Arm, ...] = (
+    "original_dense",
+    "converted_dense",
+    "converted_sparse",
+    "converted_oracle",
+)
+RulerTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+]
+RULER_TASKS: tuple[str, ...] = get_args(RulerTask)
+"""What `eval/ruler_tasks.py` knows; a test compares them."""
+
+
+class Schedule(Section):
+    """Learning rates over one stage."""
+
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the ramp."""
+    ramp: float = Field(0.03, ge=0, le=1)
+    """Share of the stage's steps that ramp up linearly from zero."""
+    final: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+
+
+class TrainingStage(Section):
+    """What a warm-up and a sparse stage have in common."""
+
+    tokens: int | None = Field(None, ge=1)
+    """End after this many training tokens over all ranks (rounded up to a step)."""
+    steps: int | None = Field(None, ge=1)
+    """End after this many optimizer steps."""
+    until_learned_coverage: float | None = Field(None, gt=0, lt=1)
+    """End early once every sparse layer's learned coverage on held-out rows is above this."""
+    row_len: int | None = Field(None, ge=32)
+    """Tokens per row in this stage; default data.row_len."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Rows per rank and forward pass."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
+    index_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of the index branch."""
+    backbone_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the backbone, where it is trained."""
+    index_schedule: Schedule = Schedule()
+    """Schedule of the index branch."""
+    backbone_schedule: Schedule = Schedule()
+    """Schedule of the backbone."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay of the weight matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    kl_weight: float = Field(1.0, gt=0)
+    """Lambda in L = L_LM + lambda * KL."""
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    """How the layers' KL are put together; `mean` makes lambda num_sparse_layers times weaker."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Clip the global gradient norm; 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass; block ids of the forward pass are kept."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> TrainingStage:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("set exactly one of `tokens` and `steps`")
+        return self
+
+
+class WarmupStage(TrainingStage):
+    """Full attention; the index branch is distilled from it over the whole causal row."""
+
+    kind: Literal["warmup"]
+    backbone: Literal["frozen", "trained"] = "frozen"
+    """Whether the backbone learns too."""
+
+    @model_validator(mode="after")
+    def _backbone_lr(self) -> WarmupStage:
+        if self.backbone == "trained" and self.backbone_lr is None:
+            raise ValueError("backbone=trained needs `backbone_lr`")
+        if self.backbone == "frozen" and self.backbone_lr is not None:
+            raise ValueError("`backbone_lr` has no effect with backbone=frozen: remove it")
+        return self
+
+
+class SparseStage(TrainingStage):
+    """Top-k attention; every weight is trained, the KL is over the selected tokens."""
+
+    kind: Literal["sparse"]
+    index_lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of the index branch."""
+    backbone_lr: float | None = Field(5e-6, gt=0)
+    """Peak learning rate of the backbone."""
+
+    @model_validator(mode="after")
+    def _trains_backbone(self) -> SparseStage:
+        if self.backbone_lr is None:
+            raise ValueError("a sparse stage trains the backbone: set `backbone_lr`")
+        return self
+
+
+class ProbeStage(Section):
+    """Oracle probe, training-free: what the dense checkpoint would keep at each top-k."""
+
+    kind: Literal["probe"]
+    top_k: list[int] = Field(default_factory=list)
+    """Budgets to probe; default sparsity.top_k."""
+    rows: int = Field(2, ge=1)
+    """Held-out rows for coverage and perplexity."""
+    needles: int = Field(0, ge=0)
+    """Needle prompts of data.row_len tokens; 0 leaves the needle score out."""
+
+
+class PerplexityStage(Section):
+    """Perplexity of held-out rows in every arm, at one or more budgets."""
+
+    kind: Literal["perplexity"]
+    rows: int = Field(8, ge=1)
+    """Held-out rows of data.row_len tokens."""
+    top_k: list[int] = Field(default_factory=list)
+    """Budgets of the sparse and oracle arms; default sparsity.top_k."""
+    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
+    """Arms to measure."""
+
+
+class RulerStage(Section):
+    """RULER tasks on stored prompts, the same ones in every arm."""
+
+    kind: Literal["ruler"]
+    tasks: list[RulerTask] = Field(default_factory=list)
+    """Task names; default every task of the first form (eval/ruler.py)."""
+    lengths: list[Annotated[int, Field(ge=512)]] = Field([4096], min_length=1)
+    """Prompt plus generation lengths in tokens."""
+    samples: int = Field(50, ge=1)
+    """Prompts per task and length."""
+    top_k: list[int] = Field(default_factory=list)
+    """Budgets of the sparse and oracle arms; default sparsity.top_k."""
+    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
+    """Arms to measure."""
+    corpus: Literal["ruler-pd"] = "ruler-pd"
+    """Haystack text; `ruler-pd` is public-domain text and not comparable with published scores."""
+    seed: int = Field(42, ge=0)
+    """Seed of the prompts."""
+
+
+class LongbenchStage(Section):
+    """LongBench; its place in the pipeline. This version records it as not measured."""
+
+    kind: Literal["longbench"]
+
+
+class ReportStage(Section):
+    """HTML report of everything under the run's folder."""
+
+    kind: Literal["report"]
+
+
+Stage = Annotated[
+    WarmupStage
+    | SparseStage
+    | ProbeStage
+    | PerplexityStage
+    | RulerStage
+    | LongbenchStage
+    | ReportStage,
+    Field(discriminator="kind"),
+]
