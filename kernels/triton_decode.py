@@ -25,7 +25,7 @@ from torch import Tensor
 from .triton_decode_select import SelectLaunch, last_starts, row_bounds, select
 from .triton_support import Launch, padded_width
 
-MERGED_PIECES = 32
+MERGED_PIECES = 64
 """Pieces that the merge adds up at once."""
 
 
@@ -114,10 +114,11 @@ def default_launch(width: int, repeats: int, block_size: int, dtype: torch.dtype
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
     wide = padded_width(width)
     rows = max(16, triton.next_power_of_2(repeats))
-    if dtype == torch.float32:
-        return Launch(rows=rows, keys=16, num_warps=4 if rows * wide <= 4096 else 8, num_stages=1)
     keys = min(block_size, 64 if wide <= 128 else 32)
-    return Launch(rows=rows, keys=keys, num_warps=4, num_stages=1)
+    num_warps = 4 if rows * wide <= 8192 else 8
+    if dtype == torch.float32:
+        keys, num_warps = 16, 4 if rows * wide <= 4096 else 8
+    return Launch(rows=rows, keys=keys, num_warps=num_warps, num_stages=1)
 
 
 def decode(
@@ -174,7 +175,7 @@ def decode(
     _merge_pieces[(heads, batch)](
         maxima, sums, partial, out, *out.stride()[:2], pieces,
         WIDTH=width, WIDTH_P=padded_width(width), PIECES_P=triton.next_power_of_2(pieces),
-        STEP=min(MERGED_PIECES, triton.next_power_of_2(pieces)), num_warps=4,
+        STEP=MERGED_PIECES, num_warps=8,
     )  # fmt: skip
     return out
 

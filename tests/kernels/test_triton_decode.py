@@ -168,6 +168,16 @@ def test_ties_go_to_the_lower_id(chunk, block_size):
     assert ids[0, 0].tolist() == [0, 1, 2, 3, last]
 
 
+def test_negative_scores_rank_and_missing_keys_do_not():
+    """Without forced blocks, a masked key that counted as zero would win every ranking."""
+    case = make_case(length=150, batch=2, block_size=16, top_k=3, local_blocks=0)
+    case["lengths"] = torch.tensor([149, 99], dtype=torch.int32)
+    case["index_q"] = case["index_q"].abs()
+    case["index_k"] = -case["index_k"].abs()
+    ids, expected = chosen(case)
+    assert torch.equal(ids, expected)
+
+
 @pytest.mark.parametrize("top_k", [1, 3, 40, 64])
 @pytest.mark.parametrize("documents", [False, True])
 def test_any_budget_gives_the_blocks_of_the_definition(top_k, documents):
@@ -267,7 +277,7 @@ def test_nothing_asks_the_device_for_a_value(monkeypatch):
 
 
 def test_pieces_of_blocks_never_change_the_result():
-    case = make_case(length=500, repeats=3, block_size=256, top_k=2, seed=5)
+    case = make_case(length=900, repeats=3, block_size=256, top_k=2, seed=5)
     expected = define(case)
     for keys in (16, 128):
         launch = Launch(rows=16, keys=keys, num_warps=4, num_stages=1)
@@ -289,6 +299,22 @@ def test_default_launches_equal_the_definition(width, repeats):
     )
     out = triton(case, select_launch=None)
     torch.testing.assert_close(out.double(), define(case), rtol=0, atol=2e-6)
+
+
+def test_offsets_beyond_32_bits_are_right(tmp_path):
+    """Keys 2^22 elements apart in a sparse file: the last of them lies past element 2^31."""
+    length, width, apart = 560, 16, 1 << 22
+    case = make_case(length=length, groups=1, block_size=16, top_k=3, dtype=torch.float16)
+    # The newest blocks and the best ones lie far: high scores for keys 530 to 535.
+    case["index_k"][:, :, 530:536] = case["index_q"] * 4
+    for name in ("k", "v", "index_k"):
+        path = str(tmp_path / name)
+        memory = torch.from_file(path, shared=True, size=length * apart, dtype=torch.float16)
+        far = memory.as_strided((1, 1, length, width), (0, 0, apart, 1))
+        far.copy_(case[name])
+        case[name] = far
+    assert case["k"].stride(2) * (length - 1) > 2**31
+    torch.testing.assert_close(triton(case).double(), define(case), rtol=0, atol=2e-3)
 
 
 def test_float16_is_as_good_as_torch_in_float16():
