@@ -52,6 +52,15 @@ def library(inputs: Inputs) -> Call:
     return functools.partial(dense_attention, inputs.q, inputs.k, inputs.v, scale=inputs.scale)
 
 
+def library_decode(inputs: Inputs) -> Call:
+    """One token through the library path."""
+    from dense2sparse.kernels.library_dense import dense_attention
+
+    offset = inputs.shape.length - 1
+    tensors = inputs.q, inputs.k, inputs.v
+    return functools.partial(dense_attention, *tensors, scale=inputs.scale, query_offset=offset)
+
+
 def sdpa_decode(backend: SDPBackend, inputs: Inputs) -> Call:
     """One token: the heads of a group are the queries of one call, so keys are read once."""
     _need_cuda(inputs)

@@ -39,15 +39,17 @@ class Bench:
         size = CACHE_BYTES if self.cuda else 1
         self._cache = torch.empty(size, dtype=torch.int8, device=device)
 
-    def time(self, call: Callable[[], Any]) -> Timing:
-        """Median of as many calls as the budget allows, after one that compiles and one that warms up.
+    def time(self, call: Callable[[], Any], warm: bool = False) -> Timing:
+        """Median of as many calls as the budget allows; a call that takes the whole budget is timed once.
 
-        A call that takes the whole budget alone is timed once.
+        Args:
+            warm: it was called before, so that nothing is left to compile.
         """
         self.synchronize()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        call()
+        if not warm:
+            call()
         first = self.once(call)
         calls = max(1, min(MOST_CALLS, int(self.budget_s / max(first, 1e-6)) - 1))
         times = [first] if calls == 1 else [self.once(call) for _ in range(calls)]

@@ -1,0 +1,102 @@
+"""What the records of a run say together: break-even lengths and a short table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Record = dict[str, Any]
+PHASES = {"prefill": "layer", "decode": "decode"}
+
+
+def break_even(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """First measured length from which the layer is faster than dense at every further one.
+
+    Of several kinds of data the first that was measured counts. `tokens` is null where the longest length
+    is still slower; layouts without a measured ratio are left out. kernels/break_even.py reads this list.
+    """
+    found = []
+    layouts = sorted({(r["heads"], r["groups"], r["width"]) for r in records}, reverse=True)
+    for heads, groups, width in layouts:
+        for phase, operation in PHASES.items():
+            ratios: dict[int, float] = {}
+            for r in records:
+                same = (r["heads"], r["groups"], r["width"]) == (heads, groups, width)
+                ours = r["operation"] == operation and r["implementation"] == "triton"
+                if same and ours and r["batch"] == 1 and "dense_ratio" in r:
+                    ratios.setdefault(r["length"], r["dense_ratio"])
+            if not ratios:
+                continue
+            tokens = None
+            for length in sorted(ratios, reverse=True):
+                if ratios[length] <= 1.0:
+                    break
+                tokens = length
+            found.append(
+                {"heads": heads, "groups": groups, "width": width, "phase": phase, "tokens": tokens}
+            )
+    return found
+
+
+def slowest(records: Sequence[Record]) -> Record | None:
+    """Ours with the smallest share of the floor, among the longest lengths that were timed."""
+    timed = [r for r in records if r["ours"] and "floor_share" in r]
+    if not timed:
+        return None
+    longest = max(r["length"] for r in timed)
+    return min((r for r in timed if r["length"] == longest), key=lambda r: r["floor_share"])
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Table of what is ours, break-even lengths, and what failed."""
+    rows = [
+        ("operation", "heads", "length", "data", "ms", "TFLOP/s", "GB/s", "of floor", "x dense")
+    ]
+    for r in records:
+        if r["ours"] and "ms" in r:
+            name = r["operation"] + (" fp8" if "fp8" in r["implementation"] else "")
+            share, ratio = r.get("floor_share"), r.get("dense_ratio")
+            rows.append(
+                (
+                    name,
+                    f"{r['heads']}/{r['groups']}",
+                    str(r["length"]),
+                    r["data"],
+                    f"{r['ms']:.3f}",
+                    f"{r['tflops']:.0f}",
+                    f"{r['gb_per_s']:.0f}",
+                    "" if share is None else f"{100 * share:.0f} %",
+                    "" if ratio is None else f"{ratio:.2f}",
+                )
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    for entry in break_even(records):
+        tokens = entry["tokens"]
+        said = "not reached" if tokens is None else f"{tokens} tokens"
+        lines.append(f"break-even {entry['phase']} {entry['heads']}/{entry['groups']}: {said}")
+    checked = [r for r in records if r["ours"]]
+    failed = [r for r in checked if r["failed"]]
+    lines.append(f"{len(checked) - len(failed)} of {len(checked)} checks of ours passed")
+    lines += [
+        f"FAILED {r['operation']} {r['implementation']} {r['heads']}/{r['groups']} {r['length']} "
+        f"{r['data']}: {r['check']}"
+        for r in failed
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table of a file: python benchmarks/bench_report.py kernels.json"""
+    import sys
+
+    with open(sys.argv[1]) as handle:
+        print(summary(json.load(handle)["results"]))
+
+
+if __name__ == "__main__":
+    main()
