@@ -23,12 +23,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels import ops
 from ..kernels.measures import SelectionMeasures, measure_selection
 from .bridge import passed
+from .document_mask import check_step_mask, document_mask, filled_part
 from .execution import Dispatch, Execution, dispatch_of, set_execution
 from .geometry import Geometry
 
@@ -126,65 +126,39 @@ def attend(
             raise ValueError(
                 f"{type(module).__name__} uses {name}, which sparse attention does not define"
             )
-    sparse = index_q is not None and index_k is not None
     call = msa_call
-    if call is None and sparse:
+    if call is None and index_q is not None:
         call = AttentionCall(module.msa_mode, top_k=module.msa_top_k)
     documents, lengths = attention_mask, None
     if attention_mask is not None and attention_mask.dim() == 4:
         if call is not None and call.document_ids is not None:
             raise ValueError("document_ids of a call need a cache that grows: pass a DynamicCache")
         if attention_mask.dtype == torch.int32:
-            documents, key, value, index_k = _filled(attention_mask, key, value, index_k)
-        elif attention_mask.dtype != torch.bool or query.shape[2] != 1:
-            raise ValueError(
-                f"{attention_mask.dtype} mask of shape {tuple(attention_mask.shape)}: give a padding mask "
-                "(B, S), or document_ids in the call"
-            )
-        elif not sparse or _step_is_dense(module, call, query, key):
-            return sdpa(module, query, key, value, attention_mask)
+            documents, key, value, index_k = filled_part(attention_mask, key, value, index_k)
         else:
+            check_step_mask(
+                attention_mask, query.shape[2], index_q is None or cache_len is not None
+            )
+            if call is None or cache_len is None or _step_is_dense(module, call, query, key):
+                return sdpa(module, query, key, value, attention_mask)
             # What the mask hides before the new token is padding; what lies behind it is not read.
-            assert cache_len is not None
             documents = attention_mask[:, 0, 0].int()
             lengths = cache_len.to(torch.int32).expand(len(key))
     elif call is not None and call.document_ids is not None:
         documents = call.document_ids
     offset = key.shape[2] - query.shape[2]
     if call is None or index_q is None or index_k is None:
-        backend = dispatch_of(module).execution.backend
-        out, _ = ops.dense_attention(
-            query,
-            key,
-            value,
-            scale=scaling,
-            document_ids=documents,
-            query_offset=offset,
-            backend=backend,
-        )
+        common: dict[str, Any] = {"scale": scaling, "document_ids": documents}
+        common |= {"query_offset": offset, "backend": dispatch_of(module).execution.backend}
+        out, _ = ops.dense_attention(query, key, value, **common)
     else:
         layer = _SparseLayer(module, call, scaling, documents, offset, lengths)
         out = layer(query, key, value, index_q, index_k)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _filled(
-    mask: Tensor, key: Tensor, value: Tensor, index_k: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Document ids, keys, values and index keys of the filled part of a cache of fixed capacity.
-
-    `mask` (B, 1, 1, S) int32: document ids, -1 where the cache is empty; made by `document_mask`.
-    """
-    if mask.shape[-1] != key.shape[2]:
-        raise ValueError(f"attention_mask covers {mask.shape[-1]} tokens, not {key.shape[2]} keys")
-    filled = int((mask[0, 0, 0] >= 0).sum())
-    index_k = None if index_k is None else index_k[:, :, :filled]
-    return mask[:, 0, 0, :filled], key[:, :, :filled], value[:, :, :filled], index_k
-
-
-def _step_is_dense(module: Any, call: AttentionCall | None, query: Tensor, key: Tensor) -> bool:
+def _step_is_dense(module: Any, call: AttentionCall, query: Tensor, key: Tensor) -> bool:
     """Whether a sparse layer's decoding step on a cache of fixed capacity attends to all of it."""
-    assert call is not None
     if call.mode == "oracle" or call.kl_weight is not None or call.measure:
         raise ValueError(
             "oracle selection, KL and measurements need a cache that grows: pass a DynamicCache, or none"
@@ -313,58 +287,6 @@ class _SparseLayer:
 def _inside_backward() -> bool:
     """Whether autograd is running: a forward pass there is a recomputation under checkpointing."""
     return torch._C._current_graph_task_id() != -1
-
-
-def document_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable | None = None,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    device: torch.device | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Document ids (B, S) int32 of a padded or packed batch, or None where each row is one document.
-
-    A new document starts where a token does not see its predecessor (packing) and where the padding mask
-    changes. So left padding is a document of its own, and the blocks of a left-padded prompt start at its
-    first real token (trap 4). Layers with a sliding window get the mask of transformers' own SDPA path.
-
-    With a cache of fixed capacity: (B, 1, 1, S), for one new token that same SDPA mask, else int32 ids with
-    -1 where the cache is empty. Of four dimensions, since transformers would take two for a padding mask.
-    """
-    if local_size is not None:
-        if mask_function is not None:
-            kwargs["mask_function"] = mask_function
-        if device is not None:
-            kwargs["device"] = device
-        kwargs.update(attention_mask=attention_mask, local_size=local_size)
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
-    fixed = isinstance(q_offset, Tensor) or kv_length > q_offset + q_length
-    if fixed and q_length == 1:
-        assert mask_function is not None
-        kwargs.update(mask_function=mask_function, device=device, allow_is_causal_skip=False)
-        kwargs.update(attention_mask=attention_mask)
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
-    capacity, kv_length = kv_length, int(q_offset) + q_length
-    starts = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        known = attention_mask[:, :kv_length] if fixed else attention_mask[:, -kv_length:]
-        padding = known.to(device=device, dtype=torch.bool)
-        starts[:, 1:] |= padding[:, 1:] != padding[:, :-1]
-    # Packing is found from whole rows of position ids, so it needs every query at hand.
-    if mask_function is not None and q_length == kv_length and kv_length > 1:
-        here = torch.arange(1, kv_length, device=device)
-        rows = torch.arange(batch_size, device=device)[:, None]
-        sees = mask_function(rows, torch.zeros_like(rows), here[None], here[None] - 1)
-        starts[:, 1:] |= ~torch.as_tensor(sees, device=device).expand(batch_size, kv_length - 1)
-    if fixed:
-        ids = starts.cumsum(dim=1, dtype=torch.int32)
-        return torch.nn.functional.pad(ids, (0, capacity - kv_length), value=-1)[:, None, None]
-    return starts.cumsum(dim=1, dtype=torch.int32) if bool(starts.any()) else None
 
 
 def register() -> None:

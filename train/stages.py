@@ -74,8 +74,7 @@ def run_training_stage(
     _seed(recipe.train.seed + index)
     if stage.activation_checkpointing and stage.backbone_lr is None:
         context.say(f"{context.label(index)}: a frozen backbone keeps no activations to recompute")
-    execution = Execution.of(recipe.execution)
-    model = convert.load(source, dtype=torch.float32, execution=execution)
+    model = convert.load(source, dtype=torch.float32, execution=Execution.of(recipe.execution))
     check_head(model)
     set_checkpointing(model, stage)
     index_branch = convert.index_parameters(model)

@@ -202,6 +202,9 @@ def test_masks_that_are_not_served_are_refused(model):
     ids, _ = prompt(20)
     with pytest.raises(ValueError, match="give a padding mask"):
         model(ids, attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool), use_cache=False)
+    with pytest.raises(ValueError, match="give a padding mask"):
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], attention_mask=torch.ones(1, 1, 1, 21).bool(), past_key_values=cache)
     with pytest.raises(ValueError, match="covers 30 tokens, not 20 keys"):
         model(ids, attention_mask=torch.ones(1, 30, dtype=torch.long), use_cache=False)
 
