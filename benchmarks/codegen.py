@@ -5,7 +5,7 @@
 
 Runs the real launch code on tensors without memory (`device="meta"`) under a driver that only compiles, so
 that signatures and specialisations are those of a real launch; reads the figures with the cuobjdump
-that Triton brings. The cases are lengths and head layouts that people have: CASES below.
+that Triton brings. The cases, codegen_*.py, are lengths and head layouts that people have.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from codegen_cases import CASES
+from codegen_backward import CASES as BACKWARD
+from codegen_decode import CASES as DECODE
+from codegen_forward import CASES as FORWARD
+from codegen_kl import CASES as KL
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+CASES: dict[str, Callable[[], None]] = {**FORWARD, **DECODE, **BACKWARD, **KL}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_support import Launch, padded_width, target_arch
+from .triton_support import Launch, float32_launch, padded_width, target_arch
 from .triton_unions import MAX_TOKENS, Unions, tile_unions
 
 
@@ -138,7 +138,7 @@ def _attend(
 def default_launch(width: int, repeats: int, block_size: int, dtype: torch.dtype) -> Launch:
     """Tile sizes that compile without spills for the device at hand (benchmarks/codegen.py)."""
     if dtype == torch.float32:
-        tile = Launch(rows=16, keys=16, num_warps=4, num_stages=1)
+        tile = float32_launch()
     elif padded_width(width) > 128:
         tile = Launch(32, 16, 8, 2) if target_arch() < 90 else Launch(64, 32, 8, 2)
     elif repeats == 1:

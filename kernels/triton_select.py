@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_support import Launch, padded_width
+from .triton_support import Launch, float32_launch, padded_width
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def default_launch(
 ) -> Launch:
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
     if dtype == torch.float32:
-        tile = Launch(rows=16, keys=16, num_warps=4, num_stages=1)
+        tile = float32_launch()
     elif top_k > 32 or padded_width(width) > 128:
         tile = Launch(128, 64, 8, 2)
     else:

@@ -40,6 +40,14 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def float32_launch() -> Launch:
+    """Tile for float32, which no tensor core multiplies exactly: small, so that it fits the registers.
+
+    Under the interpreter a step costs the same whatever its size, so it takes few and large ones.
+    """
+    return Launch(64, 64, 4, 1) if interpreting() else Launch(16, 16, 4, 1)
+
+
 def target_arch() -> int:
     """Compute capability that kernels are compiled for, 90 for sm_90; 90 under the interpreter."""
     if interpreting():

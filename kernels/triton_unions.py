@@ -111,12 +111,12 @@ def tile_unions(
     if block_ids.stride(3) != 1:
         block_ids = block_ids.contiguous()
     num_tiles = triton.cdiv(num_queries, tokens)
-    new = {"device": block_ids.device}
+    shape, device = (batch, groups, num_tiles), block_ids.device
     unions = Unions(
-        first_keys=torch.empty(batch, groups, num_tiles, tokens * top_k, dtype=torch.int32, **new),
-        members=torch.empty(batch, groups, num_tiles, tokens * top_k, dtype=torch.int64, **new),
-        counts=torch.empty(batch, groups, num_tiles, dtype=torch.int32, **new),
-        past_counts=torch.empty(batch, groups, num_tiles, dtype=torch.int32, **new),
+        first_keys=torch.empty(*shape, tokens * top_k, dtype=torch.int32, device=device),
+        members=torch.empty(*shape, tokens * top_k, dtype=torch.int64, device=device),
+        counts=torch.empty(shape, dtype=torch.int32, device=device),
+        past_counts=torch.empty(shape, dtype=torch.int32, device=device),
         tokens=tokens,
     )
     grid = (triton.cdiv(num_tiles, TILES_PER_PROGRAM), batch * groups)

@@ -20,7 +20,11 @@ def poison(monkeypatch):
             tensor = make(*args, **options)
             if tensor.is_floating_point():
                 return tensor.fill_(float("nan"))
-            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+            return (
+                tensor
+                if tensor.dtype == torch.bool
+                else tensor.fill_(torch.iinfo(tensor.dtype).max)
+            )
 
         return poisoned
 

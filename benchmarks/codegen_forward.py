@@ -1,6 +1,6 @@
-"""What codegen.py compiles: launches of every kernel on tensors without memory, by name.
+"""Cases of codegen.py: selection and sparse attention, launched on tensors without memory.
 
-Each case is a length and head layout that people have; a name begins with its operation.
+A name begins with the operation.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
 from dense2sparse.kernels import triton_attend, triton_select
 
 
