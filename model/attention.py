@@ -165,9 +165,12 @@ def _step_is_dense(module: Any, call: AttentionCall, query: Tensor, key: Tensor)
         )
     if call.mode in ("dense", "warmup"):
         return True
+    dispatch = dispatch_of(module)
+    if dispatch.execution.index_precision != "input":
+        raise ValueError("fp8 scores need a cache that grows: pass a DynamicCache, or none")
     budget = module.msa_geometry.block_size * (call.top_k or module.msa_geometry.top_k)
     # The length is on the device; the capacity decides, since a launch that is replayed must not change.
-    return dispatch_of(module).runs_dense(
+    return dispatch.runs_dense(
         call.mode == "auto", query, key, budget_tokens=budget, one_token=True
     )
 
@@ -204,10 +207,11 @@ class _SparseLayer:
         }
         chooses = call.mode in ("sparse", "auto", "oracle")
         dense = not chooses or (not wants_report and self._runs_dense(q, k))
-        if q.shape[2] == 1 and not dense and not wants_report and call.mode != "oracle":
-            if self.lengths is not None:
-                common["lengths"] = self.lengths
-            common |= execution.precision
+        exact = (
+            execution.index_precision == "input"
+        )  # the decoding kernels score in no other precision
+        if q.shape[2] == 1 and not dense and not wants_report and call.mode != "oracle" and exact:
+            common["lengths"] = self.lengths
             return ops.sparse_decode(q, k, v, index_q, index_k, **self._budget, **common)
         report = call.reports.setdefault(self.module.layer_idx, LayerReport())
         support: dict[str, Any] = {}

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dense2sparse.kernels import ops
 from dense2sparse.kernels.break_even import MEASURED, Measured, break_even, read
@@ -168,21 +168,23 @@ def test_the_backend_reaches_every_operation(model, called):
     assert all(options["backend"] == "torch" for _, options in called)
 
 
-def test_the_precision_reaches_what_scores_blocks_only(model, monkeypatch):
-    seen = []
-    for name in ("select_blocks", "sparse_decode"):
-        operation = getattr(ops, name)
-
-        def scored(*tensors, operation=operation, **options):
-            seen.append(options.pop("precision"))
-            return operation(*tensors, **options)
-
-        monkeypatch.setattr(ops, name, scored)
-    set_execution(model, Execution(index_precision="fp8"))
+def test_fp8_scores_are_taken_in_prefill_and_in_decoding_alike(model, called):
+    """The operation's own rounding: a step selects what the whole row would."""
+    tokens = ids(90)
+    plain = logits(model, tokens, "sparse")
+    whole = logits(model, tokens, "sparse", Execution(index_precision="fp8"))
+    assert not torch.allclose(whole, plain, atol=1e-4), "the rounding must move some block"
+    called.clear()
     with torch.no_grad():
-        cache = model(ids(60), use_cache=True).past_key_values
-        model(ids(1), past_key_values=cache)
-    assert seen == ["fp8"] * 4
+        cache = model(tokens[:, :70], use_cache=True).past_key_values
+        steps = [model(tokens[:, n : n + 1], past_key_values=cache).logits for n in range(70, 90)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole[:, 70:], atol=1e-4, rtol=1e-4)
+    scored = [options["precision"] for name, options in called if name == "select_blocks"]
+    assert scored == ["fp8"] * 2 * 21
+    fixed = StaticCache(config=model.config, max_cache_len=90)
+    model(tokens[:, :70], past_key_values=fixed)
+    with pytest.raises(ValueError, match="fp8 scores need a cache that grows"):
+        model(tokens[:, 70:71], past_key_values=fixed)
 
 
 def test_options_come_with_loading_and_a_context_puts_them_back(model, tmp_path):
