@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from .documents import pieces
+from .documents import Piece, pieces
 from .library_merge import CUDNN, piecewise_attention
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,12 @@ def dense_attention(
         return tiled.dense_attention(
             q, k, v, scale=scale, document_ids=document_ids, query_offset=query_offset
         )
-    num_queries = q.shape[2]
-    square = query_offset == 0 and document_ids is None
-    chunk = document_ids is None and num_queries >= MIN_CHUNK
-    fits = [n for n in names if n != "cudnn" or square or chunk]
+    parts = packed_pieces(q, k, document_ids, query_offset)
+    long = query_offset == 0 or q.shape[2] >= MIN_CHUNK
+    fits = [name for name in names if name != "cudnn" or (parts is None and long)]
     library = LIBRARIES[fits[0]]
     _say_once(f"{library.name} serves {q.dtype} of width {q.shape[-1]}")
-    return attend_with(library, q, k, v, scale, document_ids, query_offset)
+    return attend_with(library, q, k, v, scale, parts, query_offset)
 
 
 def candidates(
@@ -124,19 +123,34 @@ def installed() -> frozenset[str]:
     return frozenset(found)
 
 
+def packed_pieces(
+    q: Tensor, k: Tensor, document_ids: Tensor | None, query_offset: int
+) -> list[Piece] | None:
+    """The documents that hold a query, or None where each row is one document from its first key on.
+
+    Waits for the device once where there are ids; training always passes them, and unpacked rows are for
+    the faster kernels.
+    """
+    if document_ids is None:
+        return None
+    parts = list(pieces(q.shape[2], k.shape[2], document_ids, query_offset))
+    whole = len(parts) == len(q) and not any(part.keys.start for part in parts)
+    return None if whole else parts
+
+
 def attend_with(
     library: Library,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
-    document_ids: Tensor | None,
+    parts: list[Piece] | None,
     query_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of one library, documents and offset included."""
+    """Dense attention of one library, documents (from `packed_pieces`) and offset included."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if document_ids is not None:
-        return _documents(library, q, k, v, scale, document_ids, query_offset)
+    if parts is not None:
+        return _documents(library, q, k, v, scale, parts, query_offset)
     num_keys = query_offset + q.shape[2]
     out, lse = library.causal(q, k[:, :, :num_keys], v[:, :, :num_keys], scale)
     return out, lse.detach()
@@ -148,14 +162,13 @@ def _documents(
     k: Tensor,
     v: Tensor,
     scale: float,
-    document_ids: Tensor,
+    parts: list[Piece],
     query_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Every document of every row in one call; waits for the device once, to learn the bounds."""
+    """Every document of every row in one call."""
     assert library.packed is not None
     batch, _, num_queries, _ = q.shape
     last = query_offset + num_queries
-    parts = list(pieces(num_queries, k.shape[2], document_ids, query_offset))
     # Documents that end before the first query are left out, so rows may hold unequal numbers of keys.
     first = [min(p.keys.start for p in parts if p.rows.start == row) for row in range(batch)]
     queries = q.transpose(1, 2).flatten(0, 1)

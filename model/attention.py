@@ -143,7 +143,7 @@ def attend(
                 return sdpa(module, query, key, value, attention_mask)
             # What the mask hides before the new token is padding; what lies behind it is not read.
             documents = attention_mask[:, 0, 0].int()
-            lengths = cache_len.to(torch.int32).expand(len(key))
+            lengths = cache_len.to(torch.int32).repeat(len(key))
     elif call is not None and call.document_ids is not None:
         documents = call.document_ids
     offset = key.shape[2] - query.shape[2]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from dense2sparse.kernels import ops
 from dense2sparse.model.attention import AttentionCall, attention_mode
 from dense2sparse.model.convert import convert
 from dense2sparse.recipes.schema import Sparsity
@@ -183,6 +184,22 @@ def test_a_step_on_a_cache_of_fixed_capacity_never_reads_behind_its_length(model
             for token in range(70, 80)
         ]
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 70:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_on_a_cache_of_fixed_capacity_hands_kernels_one_length_a_row(model, monkeypatch):
+    """In memory, not one number seen through a stride of zero: kernels index it by row."""
+    seen = []
+    decode = ops.sparse_decode
+
+    def watched(*tensors, **options):
+        seen.append(options["lengths"])
+        return decode(*tensors, **options)
+
+    monkeypatch.setattr(ops, "sparse_decode", watched)
+    ids, mask = prompt(70, batch=2)
+    generate(model, ids, mask, max_new_tokens=3, cache_implementation="static")
+    assert [lengths.tolist() for lengths in seen] == [[71, 71]] * 3 + [[72, 72]] * 3
+    assert all(x.is_contiguous() and x.stride() == (1,) and x.dtype == torch.int32 for x in seen)
 
 
 def test_what_a_cache_of_fixed_capacity_cannot_do_is_refused(model):
