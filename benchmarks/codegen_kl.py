@@ -1,0 +1,70 @@
+"""Launches of the KL kernels for codegen.py: full rows; selected blocks with and without atomics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from dense2sparse.kernels import triton_kl, triton_sparse_kl
+
+
+def _kl(
+    length: int,
+    heads: int,
+    groups: int,
+    width: int,
+    index_width: int,
+    block_size: int,
+    deterministic: bool,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Full rows where `block_size` is 0. Layouts are those that transformers passes."""
+    q, k, index_q, index_k = (
+        torch.empty(1, length, number, wide, dtype=dtype, device="meta").transpose(1, 2)
+        for number, wide in (
+            (heads, width),
+            (groups, width),
+            (groups, index_width),
+            (1, index_width),
+        )
+    )
+    lse = torch.empty(1, heads, length, dtype=torch.float32, device="meta")
+    options = {
+        "scale": width**-0.5,
+        "index_scale": index_width**-0.5,
+        "need_grad": True,
+    }
+    if not block_size:
+        triton_kl.full_kl(q, k, lse, index_q, index_k, None, **options)
+        return
+    ids = torch.empty(1, groups, length, 16, dtype=torch.int32, device="meta")
+    triton_sparse_kl.sparse_kl(
+        q, k, lse, index_q, index_k, ids, None,
+        block_size=block_size, deterministic=deterministic, **options,
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[], None]] = {
+    f"{kind}-{heads}/{groups}-d{width}-i{index_width}": partial(
+        _kl,
+        length,
+        heads,
+        groups,
+        width,
+        index_width,
+        0 if kind == "kl" else block,
+        kind == "sparse-kl-twice",
+    )
+    for length, heads, groups, width, index_width, block in (
+        (1 << 17, 64, 4, 128, 128, 128),
+        (1 << 17, 32, 8, 128, 128, 128),
+        (1 << 17, 28, 4, 128, 128, 64),
+        (1 << 13, 9, 3, 64, 64, 32),
+        (1 << 13, 9, 3, 64, 128, 32),
+        (1 << 13, 12, 2, 96, 96, 128),
+        (1 << 17, 8, 4, 256, 128, 128),
+    )
+    for kind in ("kl", "sparse-kl", "sparse-kl-twice")
+}
