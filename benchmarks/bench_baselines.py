@@ -148,6 +148,7 @@ def flex(inputs: Inputs) -> Call:
     mask = BlockMask.from_kv_blocks(
         counts, order.contiguous(), BLOCK_SIZE=(128, block), mask_mod=support
     )
+    torch._dynamo.reset()  # else the ninth shape would run uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def call() -> tuple[Tensor]:

@@ -89,7 +89,7 @@ class Inputs:
     scale: float
 
     @property
-    def budget(self) -> dict[str, int]:
+    def budget(self) -> dict[str, Any]:
         shape = self.shape
         sizes = {"block_size": shape.block_size, "top_k": shape.top_k}
         return {**sizes, "local_blocks": 1, "init_blocks": 0}

@@ -45,6 +45,8 @@ class Implementation:
     check: Callable[[Inputs, Any], Verdict]
     ours: bool = True
     fp8: bool = False
+    compiled: bool = False
+    """Compiles for a long time at every new shape; see Plan.compiled_at."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Operation:
     moved: Callable[[Shape], float]
     """Bytes that must be read or written at least once."""
     implementations: tuple[Implementation, ...]
+    fp8_flops: Callable[[Shape], float] = lambda shape: 0.0
+    """The part of the FLOPs that implementations marked fp8 do in fp8."""
     dense: str | None = None
     """The operation whose best time this one is compared with."""
     by_selection: bool = False
@@ -117,17 +121,10 @@ def _select_fp8(inputs: Inputs, launch: Any) -> Call:
 
 
 def _sparse(inputs: Inputs, launch: Any) -> Call:
-    return partial(
-        attend,
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.block_ids,
-        None,
-        block_size=inputs.shape.block_size,
-        scale=inputs.scale,
-        launch=launch,
-    )
+    assert inputs.block_ids is not None
+    tensors = inputs.q, inputs.k, inputs.v, inputs.block_ids, None
+    sizes: dict[str, Any] = {"block_size": inputs.shape.block_size, "scale": inputs.scale}
+    return partial(attend, *tensors, **sizes, launch=launch)
 
 
 def _layer(choose: Callable[[Inputs, Any], Call], inputs: Inputs, launch: Any) -> Call:
@@ -240,6 +237,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "select",
         flops=select_flops,
+        fp8_flops=select_flops,
         moved=lambda shape: _index(shape, shape.length),
         implementations=(
             Implementation("triton", _select, _right_selection),
@@ -264,7 +262,7 @@ OPERATIONS: tuple[Operation, ...] = (
         moved=_whole,
         implementations=(
             Implementation("triton", _sparse, _right_sparse),
-            _other("flex attention", others.flex, _right_sparse),
+            replace(_other("flex attention", others.flex, _right_sparse), compiled=True),
         ),
         dense="dense",
         by_selection=True,
@@ -273,6 +271,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "layer",
         flops=lambda shape: select_flops(shape) + sparse_flops(shape),
+        fp8_flops=select_flops,
         moved=lambda shape: _whole(shape) + _index(shape, shape.length),
         implementations=(
             Implementation("triton", partial(_layer, _select), _right_layer),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -45,10 +46,15 @@ def write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w") as handle:
-        handle.write(json.dumps(record, indent=1) + "\n")
+        handle.write(_narrow_lists(json.dumps(record, indent=1)) + "\n")
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(partial, path)
+
+
+def _narrow_lists(text: str) -> str:
+    """Lists of numbers on one line each."""
+    return re.sub(r"\[[\s\d.,eE+-]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 def _git(*arguments: str) -> str:

@@ -45,6 +45,8 @@ class Plan:
     speed: bool = True
     """False: check only."""
     seed: int = 0
+    compiled_at: int | None = None
+    """The only length for what compiles long; None: all."""
     total_s: float = float("inf")
     """No new measurement begins after so many seconds."""
 
@@ -73,7 +75,7 @@ class Runner:
             for inputs, operations in self._cases(shape):
                 for operation in operations:
                     for implementation in operation.implementations:
-                        if implementation.name in self.plan.without:
+                        if self._unwanted(implementation, shape):
                             continue
                         if time.perf_counter() - self._begun > self.plan.total_s:
                             self.say("the time is over: what follows is left out")
@@ -81,9 +83,17 @@ class Runner:
                         record = self._measure(operation, implementation, inputs)
                         self.records.append(record)
                         self.say(line(record))
-                        self._forget()
+                        if not self._forget():
+                            self.say(
+                                "the device does not answer any more: what follows is left out"
+                            )
+                            return False
             self.saved(self.records)
         return self._fine()
+
+    def _unwanted(self, one: Implementation, shape: Shape) -> bool:
+        elsewhere = self.plan.compiled_at not in (None, shape.length)
+        return one.name in self.plan.without or (one.compiled and elsewhere)
 
     def _fine(self) -> bool:
         return not any(record["ours"] and record["failed"] for record in self.records)
@@ -222,7 +232,8 @@ class Runner:
             "timed_groups": shape.groups // parts,
         }
         if self.ceilings is not None:
-            record["floor_ms"] = self.ceilings.floor_s(flops, moved, one.fp8) * 1e3
+            narrow = operation.fp8_flops(shape) if one.fp8 else 0.0
+            record["floor_ms"] = self.ceilings.floor_s(flops, moved, narrow) * 1e3
             record["floor_share"] = record["floor_ms"] / record["ms"]
         if seconds < self._best.get((operation.name, shape), float("inf")):
             self._best[operation.name, shape] = seconds
@@ -230,9 +241,15 @@ class Runner:
         if operation.dense and (operation.dense, shape) in self._best:
             record["dense_ratio"] = self._best[operation.dense, shape] / seconds
 
-    def _forget(self) -> None:
+    def _forget(self) -> bool:
+        """Give memory back; whether the device still works (a wild access ends it for the process)."""
         if self.bench.cuda:
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                return False
+        return True
 
 
 def with_ids(inputs: Inputs) -> Inputs:

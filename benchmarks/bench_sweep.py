@@ -57,6 +57,8 @@ def sweep(
             entries.sort(key=lambda entry: entry["ms"] or float("inf"))
             for entry in entries:
                 shown = f"{entry['ms']:10.3f} ms" if entry["ms"] else entry["said"]
+                if not bench.cuda:
+                    entry["ms"], shown = None, entry["said"] or "runs"
                 where = f"{entry['operation']} {shape.name} {shape.length}"
                 print(f"{where}: {entry['launch']} {shown}", flush=True)
             found += entries

@@ -17,6 +17,8 @@ import torch
 CACHE_BYTES = 256 << 20
 """Overwritten between calls; larger than any second-level cache."""
 MOST_CALLS = 50
+LAUNCH_CYCLES = 1_000_000
+"""Cycles that the device sleeps before a call, about half a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Bench:
             call()
             return time.perf_counter() - begun
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The device waits while the call is being launched, so that only its own time counts.
+        torch.cuda._sleep(LAUNCH_CYCLES)
         begin.record()
         call()
         end.record()
@@ -105,10 +109,10 @@ class Ceilings:
     bytes_per_s: float
     """Read and written by a large copy."""
 
-    def floor_s(self, flops: float, moved_bytes: float, fp8: bool = False) -> float:
-        """Least seconds for so much arithmetic and traffic."""
-        peak = self.fp8_flops if fp8 else self.flops
-        return max(flops / peak, moved_bytes / self.bytes_per_s)
+    def floor_s(self, flops: float, moved_bytes: float, fp8_flops: float = 0.0) -> float:
+        """Least seconds for so much arithmetic, of which `fp8_flops` in fp8, and so much traffic."""
+        arithmetic = (flops - fp8_flops) / self.flops + fp8_flops / self.fp8_flops
+        return max(arithmetic, moved_bytes / self.bytes_per_s)
 
 
 def ceilings(bench: Bench) -> Ceilings:

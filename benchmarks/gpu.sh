@@ -21,7 +21,6 @@ OUT=${1:-${OUT:-benchmarks/out}}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT" .typing && ln -sfn .. .typing/dense2sparse
 export PYTHONPATH="$PWD/.typing:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
-export TRITON_DEFAULT_FP_FUSION="${TRITON_DEFAULT_FP_FUSION:-1}"
 
 STEPS=()
 # step SECONDS FILE COMMAND...: runs it with all it prints in OUT/FILE, and notes how it ended.
@@ -44,7 +43,8 @@ if [[ $MODE == --dry ]]; then
 else
     step 30 machine.txt nvidia-smi
     if has pytest && has hypothesis; then
-        step 240 correctness.txt "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels
+        # The tests of kernels turn the interpreter on where nobody says otherwise.
+        step 240 correctness.txt env TRITON_INTERPRET=0 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels
     else
         echo "pytest or hypothesis is missing here: the GPU tests are left out" >>"$OUT/correctness.txt"
     fi

@@ -159,9 +159,9 @@ class Census:
                 lists.setdefault(tokens, []).append(round(factor, 3))
 
 
-def texts(tokenizer: Any, length: int, cache_dir: Path) -> dict[str, Tensor]:
+def texts(tokenizer: Any, length: int, cache_dir: str | Path) -> dict[str, Tensor]:
     """Token ids (1, N) of a held-out novel and of a made recall document, N a multiple of the blocks."""
-    sources = [
+    sources: list[Any] = [
         Source(name="alice", kind="corpus", corpus="heldout"),
         Source(name="recall", kind="recall"),
     ]
