@@ -92,7 +92,7 @@ def torch_select(inputs: Inputs) -> Call:
     block, length = shape.block_size, shape.length
     if length % block:
         raise Skip("whole blocks only")
-    if shape.batch * shape.groups * CHUNK * length * 4 > 8 * SCORES_BYTES:
+    if shape.batch * shape.groups * CHUNK * length * 4 > 4 * SCORES_BYTES:
         raise Skip("token scores of a chunk are too large")
     position = torch.arange(length, device=inputs.q.device)
 

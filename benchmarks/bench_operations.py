@@ -24,7 +24,7 @@ from dense2sparse.kernels.fp8 import quantize_index, round_index
 from dense2sparse.kernels.triton_attend import attend
 from dense2sparse.kernels.triton_decode import decode
 from dense2sparse.kernels.triton_select import select
-from dense2sparse.kernels.triton_support import Launch
+from dense2sparse.kernels.triton_support import Launch, target_arch
 
 Call = Callable[[], Any]
 BYTES = 2
@@ -111,6 +111,8 @@ def _select(inputs: Inputs, launch: Any) -> Call:
 
 def _select_fp8(inputs: Inputs, launch: Any) -> Call:
     """Rounding to fp8 included."""
+    if target_arch() < 89:
+        raise others.Skip("this device has no fp8")
     index_q, index_k, budget = inputs.index_q, inputs.index_k, inputs.budget
 
     def call() -> torch.Tensor:

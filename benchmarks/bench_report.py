@@ -51,7 +51,18 @@ def slowest(records: Sequence[Record]) -> Record | None:
 def summary(records: Sequence[Record]) -> str:
     """Table of what is ours, break-even lengths, and what failed."""
     rows = [
-        ("operation", "heads", "length", "data", "ms", "TFLOP/s", "GB/s", "of floor", "x dense")
+        (
+            "operation",
+            "heads",
+            "length",
+            "data",
+            "ms",
+            "TFLOP/s",
+            "GB/s",
+            "of floor",
+            "x dense",
+            "x others",
+        )
     ]
     for r in records:
         if r["ours"] and "ms" in r:
@@ -68,6 +79,7 @@ def summary(records: Sequence[Record]) -> str:
                     f"{r['gb_per_s']:.0f}",
                     "" if share is None else f"{100 * share:.0f} %",
                     "" if ratio is None else f"{ratio:.2f}",
+                    _against_others(records, r),
                 )
             )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -88,6 +100,14 @@ def summary(records: Sequence[Record]) -> str:
         for r in failed
     ]
     return "\n".join(lines)
+
+
+def _against_others(records: Sequence[Record], ours: Record) -> str:
+    """Times of other implementations of the same operation on the same data, over ours."""
+    keys = ("operation", "heads", "groups", "width", "length", "batch", "data")
+    same = [r for r in records if not r["ours"] and all(r[key] == ours[key] for key in keys)]
+    timed = [f"{r['ms'] / ours['ms']:.2f} {r['implementation']}" for r in same if "ms" in r]
+    return "; ".join(timed)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from bench_chart import chart
 from bench_checks import check_attention, check_selection, poisoned
 from bench_data import Shape, measured_factor, model_like_ids, random_inputs, union_factors
 from bench_operations import OPERATIONS, Implementation, Operation
-from bench_report import break_even, slowest
+from bench_report import break_even, slowest, summary
 from bench_run import Plan, Runner, one_group
 from bench_timing import Bench, Ceilings
 from hypothesis import given, settings
@@ -263,6 +263,23 @@ def test_slowest_is_the_farthest_from_its_floor_at_the_longest_length():
     records[2]["floor_share"] = 0.3
     assert slowest(records) is records[2]
     assert slowest([]) is None
+
+
+def test_summary_says_how_much_faster_than_others_and_what_failed():
+    timed = {"ms": 2.0, "tflops": 1.0, "gb_per_s": 1.0, "failed": False, "check": ""}
+    ours = ratio(8192, 1.5, **timed)
+    theirs = {**ours, "ours": False, "implementation": "theirs", "ms": 5.0}
+    failed = {
+        **ours,
+        "implementation": "triton fp8",
+        "failed": True,
+        "check": "a value is not finite",
+    }
+    del failed["ms"]
+    printed = summary([ours, theirs, failed])
+    assert "2.50 theirs" in printed
+    assert "1 of 2 checks of ours passed" in printed
+    assert "FAILED layer triton fp8 32/8 8192 model-like: a value is not finite" in printed
 
 
 def test_chart_shows_every_measured_ratio():
