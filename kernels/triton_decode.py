@@ -150,6 +150,8 @@ def decode(
     Returns:
         out (B, H, 1, D) in q's dtype and layout.
     """
+    # One number a row is read from consecutive places.
+    lengths = None if lengths is None else lengths.contiguous()
     ids = select(
         index_q, index_k, starts, lengths, block_size=block_size, top_k=top_k,
         local_blocks=local_blocks, init_blocks=init_blocks, launch=select_launch,

@@ -31,6 +31,7 @@ NOT_IN_FINGERPRINT = (
     ("output_dir",),
     ("wandb",),
     ("data", "cache_dir"),
+    ("execution", "prefill_chunk"),
     ("train", "log_every"),
     ("train", "measure_every"),
     ("train", "checkpoint_every"),

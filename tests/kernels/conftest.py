@@ -1,11 +1,6 @@
-"""Triton's interpreter for every kernel test here, and NaN in memory that nobody wrote yet."""
+"""NaN in memory that nobody wrote yet."""
 
 from __future__ import annotations
-
-import os
-
-# Triton reads it where a kernel is defined, so it must stand before the first import of one.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

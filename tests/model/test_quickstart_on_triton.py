@@ -4,11 +4,7 @@ The checkpoint (93 MB, once) comes from where the quick start takes it; without 
 are skipped with the reason.
 """
 
-import os
 from types import SimpleNamespace
-
-# Triton reads it where a kernel is defined, so it must stand before the first operation.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
