@@ -204,12 +204,15 @@ def index_kl(
     block_ids: Tensor | None = None,
     block_size: int | None = None,
     document_ids: Tensor | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Scalar KL(teacher || student), mean over rows and index heads; differentiable in index q and k only.
 
     `block_ids=None` takes every visible token (warm-up) and the dense lse; with block ids, `lse` is that
-    of sparse_attention over the same ids.
+    of sparse_attention over the same ids. `fraction` below 1 (full rows only) computes that share of the
+    query tiles, drawn from `seed`, and is an unbiased estimate of the value and of its gradients.
     """
     _check_main(q, k, k)
     _check_index(index_q, index_k, k)
@@ -218,6 +221,17 @@ def index_kl(
         raise ValueError(
             f"{q.shape[2]} queries and {k.shape[2]} keys: the KL is of whole rows, run without a cache"
         )
+    if not 0 < fraction <= 1 or (fraction < 1 and block_ids is not None):
+        raise ValueError(
+            f"fraction={fraction}: a share of query tiles above 0 and up to 1, below 1 for full rows only"
+        )
+    options: dict[str, Any] = {}
+    if fraction < 1:
+        if resolve(backend, q.device) == "reference":
+            raise ValueError(
+                "backend='reference' defines the whole KL: set fraction=1 or another backend"
+            )
+        options = {"fraction": fraction, "seed": seed}
     if block_ids is not None:
         _check_block_ids(block_ids, q, k)
         if block_size is None:
@@ -228,6 +242,7 @@ def index_kl(
         lse,
         index_q,
         index_k,
+        **options,
         scale=scale,
         index_scale=index_scale,
         block_ids=block_ids,

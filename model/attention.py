@@ -65,6 +65,10 @@ class AttentionCall:
     given, position ids must restart too in models with sliding-window layers."""
     kl_weight: float | None = None
     """Weight of each layer's KL in the gradient; None computes no KL."""
+    kl_fraction: float = 1.0
+    """Share of query tiles whose KL over full rows is computed and stands for all (unbiased)."""
+    kl_seed: int = 0
+    """Draws these tiles; every layer draws its own."""
     attach_kl: bool = True
     """The KL's gradient travels with the layer's output (traps 1 and 2). False leaves `reports[i].kl`
     with its own graph, for a frozen backbone whose outputs have none."""
@@ -229,12 +233,20 @@ class _SparseLayer:
         if call.measure and report.measures is None:
             self._measure(report, q, k, index_q, index_k)
         if call.kl_weight is not None:
-            scale = self.geometry.index_scale
-            kl = ops.index_kl(q, k, lse, index_q, index_k, **support, **common, index_scale=scale)
+            kl = self._kl(q, k, lse, index_q, index_k, {**support, **common})
             report.kl = kl.detach() if call.attach_kl else kl
             if call.attach_kl and torch.is_grad_enabled() and kl.requires_grad:
                 out = _CarryKL.apply(out, kl, call.kl_weight)
         return out
+
+    def _kl(self, q, k, lse, index_q, index_k, common: dict[str, Any]) -> Tensor:
+        call = self.call
+        if call.kl_fraction < 1 and "block_ids" not in common:
+            # Another number a step and layer, the same when the layer is recomputed.
+            seed = call.kl_seed * self.geometry.num_layers + self.module.layer_idx
+            common |= {"fraction": call.kl_fraction, "seed": seed}
+        scale = self.geometry.index_scale
+        return ops.index_kl(q, k, lse, index_q, index_k, **common, index_scale=scale)
 
     @property
     def geometry(self) -> Geometry:

@@ -92,6 +92,8 @@ class WarmupStage(TrainingStage):
     kind: Literal["warmup"]
     backbone: Literal["frozen", "trained"] = "frozen"
     """Whether the backbone learns too."""
+    kl_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the query tiles whose KL is computed, drawn anew in each step and layer; unbiased."""
 
     @model_validator(mode="after")
     def _backbone_lr(self) -> WarmupStage:

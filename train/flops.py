@@ -93,13 +93,16 @@ def model_cost(
     )
 
 
-def flops_per_token(cost: ModelCost, *, mode: str, frozen: bool, visible_keys: float) -> float:
+def flops_per_token(
+    cost: ModelCost, *, mode: str, frozen: bool, visible_keys: float, kl_fraction: float = 1.0
+) -> float:
     """Model FLOPs of training on one token.
 
     Args:
         mode: "warmup" (full attention, KL over the row) or "sparse" (top-k, KL over the selection).
         frozen: whether the backbone runs forward only.
         visible_keys: mean number of keys a query may see, its own included (mean position + 1).
+        kl_fraction: share of the queries whose KL is computed (warm-up).
     """
     kept = min(visible_keys, float(cost.budget_tokens))
     num_dense = cost.num_layers - cost.num_sparse_layers
@@ -109,8 +112,9 @@ def flops_per_token(cost: ModelCost, *, mode: str, frozen: bool, visible_keys: f
     backbone = 2.0 * cost.backbone_weights + 4.0 * cost.query_width * main_keys
     # Every score is needed forward (to select, or as student); only the KL's support has a gradient.
     scored = 2.0 * cost.index_width * cost.num_sparse_layers
-    index_forward = 2.0 * cost.index_weights + scored * visible_keys
-    support = kept if mode == "sparse" else visible_keys
+    students = visible_keys if mode == "sparse" else visible_keys * kl_fraction
+    index_forward = 2.0 * cost.index_weights + scored * students
+    support = kept if mode == "sparse" else students
     # The index branch reads a detached input: its weights need a gradient, its input does not.
     index_backward = 2.0 * cost.index_weights + 2.0 * scored * support
     return backbone * (1.0 if frozen else 3.0) + index_forward + index_backward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class StageLoop:
         self.mode: Mode = "warmup" if self.stage.kind == "warmup" else "sparse"
         share = self.cost.num_sparse_layers if self.stage.kl_reduction == "mean" else 1
         self.kl_scale = self.stage.kl_weight / share
+        self.kl_fraction = getattr(self.stage, "kl_fraction", 1.0)
         per_rank = self.stage.micro_batch_size * self.stage.gradient_accumulation * self.row_len
         self.tokens_per_step = per_rank * self.world_size
 
@@ -154,7 +156,9 @@ class StageLoop:
         for number, batch in enumerate(batches):
             if number:
                 self.engine.step()  # counts a micro batch; it updates nothing before the last one
-            self._micro_batch(batch, normaliser, sums if logged else None)
+            place = (self.train.seed, position.global_step, number, self.rank)
+            kl_seed = random.Random(repr(place)).getrandbits(40)
+            self._micro_batch(batch, normaliser, sums if logged else None, kl_seed)
         # Before the update, so that numbers which are not finite never reach the weights.
         norms = branch_norms(self.engine) if logged else {}
         values = self._losses(sums, len(batches), position, norms) if logged else {}
@@ -192,7 +196,9 @@ class StageLoop:
             "targets": batch.targets.to(self.device),
         }
 
-    def _micro_batch(self, batch: Any, normaliser: float, sums: StepSums | None) -> None:
+    def _micro_batch(
+        self, batch: Any, normaliser: float, sums: StepSums | None, kl_seed: int
+    ) -> None:
         """Forward and backward of one micro batch.
 
         The engine divides the loss by the accumulation; the attached KL never passes through the
@@ -200,7 +206,8 @@ class StageLoop:
         gradients.
         """
         weight = 1.0 if self.frozen else self.kl_scale / self.stage.gradient_accumulation
-        call = self._call(batch, kl_weight=weight, attach_kl=not self.frozen)
+        sampled = {"kl_fraction": self.kl_fraction, "kl_seed": kl_seed}
+        call = self._call(batch, kl_weight=weight, attach_kl=not self.frozen, **sampled)
         loss, lm = self.engine(
             **self._inputs(batch),
             call=call,
@@ -253,7 +260,11 @@ class StageLoop:
         values["perf/tokens_per_s"], values["perf/step_s"] = tokens_per_s, pace
         if self.peak is not None:
             per_token = flops_per_token(
-                self.cost, mode=self.mode, frozen=self.frozen, visible_keys=visible
+                self.cost,
+                mode=self.mode,
+                frozen=self.frozen,
+                visible_keys=visible,
+                kl_fraction=self.kl_fraction,
             )
             achieved = per_token * tokens_per_s / self.world_size
             values["perf/mfu_pct"] = 100.0 * achieved / self.peak

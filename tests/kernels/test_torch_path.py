@@ -133,6 +133,39 @@ def test_kl_and_its_gradients_equal_the_definition(case, full):
         torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_sampled_kl_is_unbiased_in_value_and_gradients(documents):
+    """Seeds draw an offset among the tiles; the mean over all offsets is the whole."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 150, 8).double(), torch.randn(1, 2, 150, 8).double()
+    index_q, index_k = torch.randn(1, 2, 150, 8).double(), torch.randn(1, 1, 150, 8).double()
+    ids = (torch.arange(150)[None] >= 60).int() if documents else None
+    _, lse = ops.dense_attention(q, k, k, document_ids=ids)
+
+    def kl(**options):
+        inputs = [x.clone().requires_grad_() for x in (index_q, index_k)]
+        value = ops.index_kl(q, k, lse, *inputs, document_ids=ids, **options)
+        value.backward()
+        return torch.cat([value.detach()[None], *(x.grad.flatten() for x in inputs)])
+
+    whole = kl()
+    draws = {}
+    for seed in range(40):
+        found = kl(fraction=0.4, seed=seed)
+        draws[round(float(found[0]), 9)] = found
+    assert len(draws) == 5, "five tiles of 37 queries (four and one, two and three with documents)"
+    assert min(abs(float(d[0] - whole[0])) for d in draws.values()) > 1e-6
+    torch.testing.assert_close(torch.stack(list(draws.values())).mean(0), whole)
+
+
+def test_only_full_rows_are_sampled():
+    x = torch.randn(1, 1, 20, 8)
+    ids = torch.zeros(1, 1, 20, 1, dtype=torch.int32)
+    for options in ({"fraction": 0.0}, {"fraction": 0.5, "block_ids": ids, "block_size": 32}):
+        with pytest.raises(ValueError, match="a share of query tiles above 0"):
+            ops.index_kl(x, x, x[..., 0], x, x, **options)
+
+
 @SHAPES
 @given(cases())
 def test_decode_equals_the_last_row_of_the_whole(case):
