@@ -71,6 +71,26 @@ def _cases() -> list[dict]:
     for zero in (1, 2, 3):
         name = f"bf16-z{zero}"
         cases.append({"name": name, "zero": zero, "precision": "bf16", "stage": {"kind": "sparse"}})
+    return _partitioned(cases)
+
+
+def _triton_cases() -> list[dict]:
+    """Two steps through the Triton kernels, under the interpreter that tests/conftest.py asks for."""
+    cases = []
+    for zero, recompute in ((0, False), (1, True), (2, False), (3, True)):
+        stage = {"kind": "sparse", "activation_checkpointing": recompute}
+        cases.append({"name": f"sparse-z{zero}-c{int(recompute)}", "zero": zero, "stage": stage})
+    trained = {"kind": "warmup", "backbone": "trained", "backbone_lr": 1e-3}
+    cases.append({"name": "warmup-z3", "zero": 3, "stage": {"kind": "warmup"}})
+    cases.append({"name": "joint-warmup-z1", "zero": 1, "stage": trained})
+    for case in cases:
+        case["backend"] = "triton"
+        case["stage"]["steps"] = 2
+    return _partitioned(cases)
+
+
+def _partitioned(cases: list[dict]) -> list[dict]:
+    """The cases, ZeRO-3 with tiny weights partitioned too."""
     for case in cases:
         if case["zero"] == 3:
             # Tiny weights would otherwise stay whole on every rank, and nothing would be gathered.
@@ -103,6 +123,18 @@ def run_worker(
 def start_folder(tiny, tmp_path_factory) -> Path:
     """A tiny converted model on disk, with a random index branch."""
     return tiny.save_converted(tmp_path_factory.mktemp("converted") / "start")
+
+
+@pytest.fixture(scope="session")
+def triton_results(start_folder, tmp_path_factory, test_environment) -> dict[str, dict]:
+    """What two ranks saw in every case of `_triton_cases`, by name."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("zero-triton")
+    (folder / "start").symlink_to(start_folder)
+    cases = _triton_cases()
+    run_worker(folder, cases, 2, test_environment)
+    return {c["name"]: torch.load(folder / f"{c['name']}.pt") for c in cases}
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def stage(kind: str, **fields: object) -> SparseStage | WarmupStage:
 
 def train_section(**fields: object) -> SimpleNamespace:
     """The recipe's `train` section as far as the loop reads it."""
-    given = {"log_every": 1, "measure_every": 100, "checkpoint_every": 100, **fields}
+    given = {"seed": 0, "log_every": 1, "measure_every": 100, "checkpoint_every": 100, **fields}
     return SimpleNamespace(**given)
 
 

@@ -3,7 +3,7 @@
     python worker_zero.py FOLDER RANK WORLD_SIZE
 
 FOLDER holds `start` (a converted model) and `cases.json`: cases with the keys name, zero, stage,
-and optional precision, uneven, train, heldout. Rank 0 writes `<name>.pt` per case: records of
+and optional precision, uneven, train, heldout, backend. Rank 0 writes `<name>.pt` per case: records of
 metrics.jsonl, masters by name before and after, live weights and buffers.
 """
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dense2sparse.model import convert
+from dense2sparse.model.execution import Execution
 from dense2sparse.train import engine as engines
 from dense2sparse.train.flops import model_cost
 from dense2sparse.train.loop import Position, StageLoop
@@ -66,7 +67,8 @@ def run_case(tiny, folder: Path, case: dict, rank: int, world_size: int) -> None
     """Train one case with the real loop."""
     stage = tiny.stage(**case["stage"])
     torch.manual_seed(0)
-    model = convert.load(folder / "start")
+    execution = Execution(backend=case.get("backend", "auto"))
+    model = convert.load(folder / "start", execution=execution)
     index = convert.index_parameters(model)
     sparse_layers = convert.geometry_of(model).sparse_layers
     cost = model_cost(model, {name for name, _ in index})
