@@ -26,6 +26,8 @@ class ExecutionLike(Protocol):
     def backend(self) -> str: ...
     @property
     def index_precision(self) -> Literal["input", "fp8"]: ...
+    @property
+    def debug(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Execution:
     """Of `kernels.ops.BACKENDS`."""
     index_precision: Literal["input", "fp8"] = "input"
     """Precision in which blocks are scored: that of the index heads, or fp8 (kernels/fp8.py)."""
+    debug: bool = False
+    """Look at every block id before it is used; waits for the device in every layer."""
     dense_below: int | None = None
     """Mode "auto" runs dense attention on fewer keys than this; None takes what `measured` says of the
     device, and where it says nothing dense attention ends where blocks begin to be left out."""
@@ -54,7 +58,11 @@ class Execution:
     @classmethod
     def of(cls, section: ExecutionLike) -> Execution:
         """The options that a recipe names."""
-        return cls(backend=section.backend, index_precision=section.index_precision)
+        return cls(
+            backend=section.backend,
+            index_precision=section.index_precision,
+            debug=section.debug,
+        )
 
     @property
     def precision(self) -> dict[str, Any]:

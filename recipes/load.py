@@ -32,6 +32,7 @@ NOT_IN_FINGERPRINT = (
     ("wandb",),
     ("data", "cache_dir"),
     ("execution", "prefill_chunk"),
+    ("execution", "debug"),
     ("train", "log_every"),
     ("train", "measure_every"),
     ("train", "checkpoint_every"),

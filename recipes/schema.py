@@ -206,6 +206,8 @@ class Execution(Section):
     prefill_chunk: int | None = Field(None, ge=1)
     """Tokens of a prompt that evaluation reads at a time; default the whole prompt. Same answers up to
     rounding, less memory: activations grow with the chunk, not with the prompt."""
+    debug: bool = False
+    """Look at every block id before it is used; waits for the device in every layer."""
 
 
 class Train(Section):

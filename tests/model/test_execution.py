@@ -187,6 +187,20 @@ def test_fp8_scores_are_taken_in_prefill_and_in_decoding_alike(model, called):
         model(tokens[:, 70:71], past_key_values=fixed)
 
 
+def test_debug_looks_at_block_ids_before_they_are_used(model, monkeypatch):
+    wrong = ops.select_blocks
+
+    def turned_round(*tensors, **options):
+        return wrong(*tensors, **options).flip(-1)
+
+    monkeypatch.setattr(ops, "select_blocks", turned_round)
+    with pytest.raises(
+        ValueError, match=r"block_ids\[0, 0, 0\] = \[-1, -1, 0\] has ids out of order"
+    ):
+        logits(model, ids(60), "sparse", Execution(debug=True))
+    logits(model, ids(60), "sparse", Execution())
+
+
 def test_options_come_with_loading_and_a_context_puts_them_back(model, tmp_path):
     save(model, tmp_path / "hf")
     again = load(tmp_path / "hf", execution=Execution(backend="reference"), mode="auto")
