@@ -14,7 +14,7 @@ Shapes: B batch, H query heads, G groups, R = H / G, T queries, S keys, D head w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from .triton_attend import tile_tokens
 from .triton_attend_dkv import key_value_gradients
 from .triton_attend_dq import query_gradients, row_delta
 from .triton_lists import query_lists
-from .triton_support import Launch, padded_width
+from .triton_support import Launch, float32_launch, padded_width, target_arch
 from .triton_unions import Unions, tile_unions
 
 
@@ -44,19 +44,26 @@ def default_launch(
     width: int, repeats: int, block_size: int, dtype: torch.dtype, deterministic: bool
 ) -> BackwardLaunch:
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
-    wide = padded_width(width)
-    fitting = triton.next_power_of_2(repeats)
     if dtype == torch.float32:
-        return BackwardLaunch(
-            by_key=Launch(rows=16, keys=16, num_warps=4, num_stages=1),
-            by_query=Launch(rows=max(16, fitting), keys=16, num_warps=4, num_stages=1),
-        )
-    return BackwardLaunch(
-        by_key=Launch(rows=64, keys=64, num_warps=4, num_stages=2),
-        by_query=Launch(
-            rows=max(64, fitting), keys=64 if wide <= 128 else 32, num_warps=4, num_stages=2
-        ),
-    )
+        by_key = by_query = float32_launch()
+    else:
+        by_key, by_query = _tiles(padded_width(width), min(block_size, 128), deterministic)
+    rows = max(by_query.rows, triton.next_power_of_2(repeats))
+    return BackwardLaunch(by_key=by_key, by_query=replace(by_query, rows=rows))
+
+
+def _tiles(wide: int, keys: int, deterministic: bool) -> tuple[Launch, Launch]:
+    """By key and by query, for 16 bits. A product of Hopper takes 64 rows from each four warps."""
+    before_hopper = target_arch() < 90
+    if wide > 128:
+        return Launch(32, min(keys, 32), 8, 2), Launch(32 if before_hopper else 64, 32, 8, 2)
+    if wide < 128:
+        return Launch(64, keys, 8 if keys == 128 else 4, 3), Launch(64, 64, 4, 2)
+    if before_hopper:
+        return Launch(64 if deterministic else 32, min(keys, 64), 8, 2), Launch(64, 64, 8, 2)
+    # The product for dq takes registers; so do few keys, of which a warp then owns more channels.
+    rows = 64 if deterministic and keys >= 64 else 16 if keys == 64 else 32
+    return Launch(rows, keys, 8 if keys == 128 else 4, 3), Launch(64, 64, 4, 2)
 
 
 def attend_backward(

@@ -69,7 +69,9 @@ def _steps(
         first = tl.load(first_keys + step // PARTS) + (step % PARTS) * KEYS
         mask = tl.load(members + step // PARTS)
         k_tile = keys + first.to(tl.int64) * stride_k + (key[:, None] * stride_k + channel[None, :])
-        v_tile = values + first.to(tl.int64) * stride_v + (key[:, None] * stride_v + channel[None, :])
+        v_tile = (
+            values + first.to(tl.int64) * stride_v + (key[:, None] * stride_v + channel[None, :])
+        )
         here = first + key < num_keys
         # Blocks of the past lie inside the row, so only the causal part masks keys.
         if CAUSAL:
@@ -81,10 +83,10 @@ def _steps(
         else:
             k = tl.load(k_tile, mask=wide[None, :], other=0.0)
             v = tl.load(v_tile, mask=wide[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, KEYS], log2 units
         support = ((mask >> token) & 1)[:, None] != 0
         if CAUSAL:
             support = support & ((first + key)[None, :] <= position[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, KEYS], log2 units
         weights = tl.where(support, tl.math.exp2(scores - lse[:, None]), 0.0)
         slope = tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]
         slope = (weights * slope).to(k.dtype)
@@ -141,7 +143,16 @@ def _query_gradients(
         first_keys, members, past, end, bit, position, num_keys, scale * LOG2E,
         WIDTH, WIDTH_P, BLOCK, KEYS, True, WIDTH == WIDTH_P,
     )  # fmt: skip
-    at = grad_queries + (batch * stride_db + head * stride_dh + far * stride_dt)[:, None]
+    tile += tl.minimum(tl.load(counts + entry, volatile=True), 0)
+    row = tl.arange(0, ROWS)
+    query = tile * TOKENS + row // REPEATS
+    valid = (row < TOKENS * REPEATS) & (query < num_queries)
+    mask = valid[:, None] & (channel < WIDTH)[None, :]
+    head = (group * REPEATS + row % REPEATS).to(tl.int64)
+    at = (
+        grad_queries
+        + (batch * stride_db + head * stride_dh + query.to(tl.int64) * stride_dt)[:, None]
+    )
     tl.store(
         at + channel[None, :], (query_grad * scale).to(grad_queries.dtype.element_ty), mask=mask
     )

@@ -57,7 +57,7 @@ class QueryLists:
     chunk: int
     """Queries of a chunk, at most."""
     programs: int
-    """How many programs should share the chunks: each takes every programs-th."""
+    """Enough for one chunk each, unless documents are shorter than a block on average."""
 
     @property
     def num_slots(self) -> int:
@@ -65,9 +65,14 @@ class QueryLists:
 
 
 @triton.jit
-def find_chunk(owners, firsts, offsets, item, num_slots, edges, chunk):
-    """Of chunk `item`: owner, plane, slot, its range in `queries`, its number in its list, chunks there."""
-    owner = tl.load(owners + item)
+def find_chunk(
+    owners, firsts, offsets, item, num_slots, edges, chunk, AGAIN: tl.constexpr = False
+):  # fmt: skip
+    """Of chunk `item`: owner, plane, slot, begin and size in `queries`, its number in its list, chunks there.
+
+    AGAIN: read the tables, even if the compiler knows that they were read before.
+    """
+    owner = tl.load(owners + item, volatile=AGAIN)
     plane = (owner // num_slots).to(tl.int64)
     slot = owner % num_slots
     row = offsets + plane * (num_slots + 1) + slot
@@ -75,7 +80,15 @@ def find_chunk(owners, firsts, offsets, item, num_slots, edges, chunk):
     which = item - tl.load(firsts + owner)
     first = begin + which * chunk
     last = tl.minimum(first + chunk, end)
-    return owner, plane, slot, plane * edges + first, last - first, which, tl.cdiv(end - begin, chunk)
+    return (
+        owner,
+        plane,
+        slot,
+        plane * edges + first,
+        last - first,
+        which,
+        tl.cdiv(end - begin, chunk),
+    )
 
 
 def default_chunk(num_queries: int, top_k: int) -> int:
@@ -132,7 +145,6 @@ def query_lists(
         max_partials=2 * planes * edges // chunk if max_split else 0,
         slot_keys=block_size if starts is None else 1,
         chunk=chunk,
-        # Documents shorter than a block on average make more chunks than this; then programs take turns.
         programs=min(bound, planes * num_blocks * (1 if starts is None else 2) + full),
     )
 
