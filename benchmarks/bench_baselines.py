@@ -32,7 +32,7 @@ class Skip(Exception):
 
 def sdpa(backend: SDPBackend, inputs: Inputs) -> Call:
     """Causal attention by one of torch's fused kernels."""
-    _need_cuda(inputs)
+    need_cuda(inputs)
     q, k, v = inputs.q, inputs.k, inputs.v
 
     def call() -> tuple[Tensor]:
@@ -63,7 +63,7 @@ def library_decode(inputs: Inputs) -> Call:
 
 def sdpa_decode(backend: SDPBackend, inputs: Inputs) -> Call:
     """One token: the heads of a group are the queries of one call, so keys are read once."""
-    _need_cuda(inputs)
+    need_cuda(inputs)
     q = inputs.q.unflatten(1, (inputs.shape.groups, -1))[:, :, :, 0]  # (B, G, R, D)
     k, v = inputs.k, inputs.v
 
@@ -126,7 +126,7 @@ def topk_alone(inputs: Inputs) -> Call:
 
 def flex(inputs: Inputs) -> Call:
     """FlexAttention with the same selection: lists of blocks for 128 queries, a table for each query."""
-    _need_cuda(inputs)
+    need_cuda(inputs)
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     shape, ids = inputs.shape, inputs.block_ids
@@ -168,7 +168,7 @@ def flex(inputs: Inputs) -> Call:
 
 def flash_msa(inputs: Inputs) -> Call:
     """poolsideai/flash-msa, the whole layer; head width and block 128 only."""
-    _need_cuda(inputs)
+    need_cuda(inputs)
     if importlib.util.find_spec("flash_msa") is None:
         raise Skip("flash_msa is not installed")
     shape = inputs.shape
@@ -204,6 +204,9 @@ def _ids(block_scores: Tensor, top_k: int) -> Tensor:
     return torch.nn.functional.pad(ids, (0, top_k - ids.shape[-1]), value=-1)
 
 
-def _need_cuda(inputs: Inputs) -> None:
+def need_cuda(inputs: Inputs) -> None:
+    """Raises:
+    Skip: the inputs are not on a GPU.
+    """
     if inputs.q.device.type != "cuda":
         raise Skip("needs a GPU")

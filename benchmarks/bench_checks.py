@@ -98,7 +98,7 @@ def _row_errors(
     if ids is None:
         k, v = k[: position + 1], v[: position + 1]
     else:
-        tokens = _tokens(ids, inputs.shape.block_size, position)
+        tokens = selected_tokens(ids, inputs.shape.block_size, position)
         k, v = k[tokens], v[tokens]
     scores = q.double() @ k.double().T * inputs.scale
     right = scores.softmax(-1) @ v.double()
@@ -117,7 +117,7 @@ def _row_errors(
     return {name: math.inf if math.isnan(value) else value for name, value in values.items()}
 
 
-def _tokens(ids: Tensor, block_size: int, position: int) -> Tensor:
+def selected_tokens(ids: Tensor, block_size: int, position: int) -> Tensor:
     """Visible tokens of the selected blocks."""
     kept = ids[ids >= 0].long()
     tokens = (kept[:, None] * block_size + torch.arange(block_size, device=ids.device)).flatten()

@@ -11,7 +11,7 @@ import torch
 from bench_data import Shape
 from bench_operations import OPERATIONS
 from bench_report import slowest
-from bench_run import Plan, Runner, with_ids
+from bench_run import SHAPE, Plan, Runner, with_ids
 from bench_timing import Bench
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,8 +31,7 @@ def profile_slowest(results: Path, out: Path) -> int:
     if record is None:
         print(f"{results} holds no timed operation", file=sys.stderr)
         return 2
-    names = ("length", "heads", "groups", "width", "block_size", "top_k", "batch")
-    shape = Shape(**{name: record[name] for name in names})
+    shape = Shape(**{name: record[name] for name in SHAPE})
     _profile(record, shape, DATA.get(record["data"], "model"), torch.device("cuda"), out)
     return 0
 
@@ -63,7 +62,7 @@ def _profile(
             call()
         if cuda:
             torch.cuda.synchronize()
-    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = found.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
     head = f"{operation.name}, {one.name}, {shape.name}, {shape.length} tokens, {inputs.data} data"
     share = record.get("floor_share")

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from bench_goals import goals
+
 Record = dict[str, Any]
 PHASES = {"prefill": "layer", "decode": "decode"}
 
@@ -49,7 +51,7 @@ def slowest(records: Sequence[Record]) -> Record | None:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """Table of what is ours, break-even lengths, and what failed."""
+    """Table of what is ours, break-even lengths, goals, and what failed."""
     rows = [
         (
             "operation",
@@ -66,7 +68,7 @@ def summary(records: Sequence[Record]) -> str:
     ]
     for r in records:
         if r["ours"] and "ms" in r:
-            name = r["operation"] + (" fp8" if "fp8" in r["implementation"] else "")
+            name = r["operation"] + r["implementation"].removeprefix("triton")
             share, ratio = r.get("floor_share"), r.get("dense_ratio")
             rows.append(
                 (
@@ -91,6 +93,7 @@ def summary(records: Sequence[Record]) -> str:
         tokens = entry["tokens"]
         said = "not reached" if tokens is None else f"{tokens} tokens"
         lines.append(f"break-even {entry['phase']} {entry['heads']}/{entry['groups']}: {said}")
+    lines += goals(records)
     checked = [r for r in records if r["ours"]]
     failed = [r for r in checked if r["failed"]]
     lines.append(f"{len(checked) - len(failed)} of {len(checked)} checks of ours passed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,13 +21,28 @@ from bench_data import (
     stored_inputs,
     union_factors,
 )
-from bench_operations import OPERATIONS, Implementation, Operation
+from bench_guard import UNFINISHED, at_most
+from bench_operations import OPERATIONS
+from bench_table import Implementation, Operation
 from bench_timing import CACHE_BYTES, Bench, Ceilings, Timing
 
 from dense2sparse.kernels.triton_select import select
 
 MOST_COPIES = 64
 """Copies of the inputs that a decoding graph goes through."""
+CASE_S = 150.0
+"""A measurement that takes longer, compilation included, hangs."""
+SHAPE = (
+    "length",
+    "heads",
+    "groups",
+    "width",
+    "block_size",
+    "top_k",
+    "index_width",
+    "batch",
+)
+"""Fields of Shape that a record has."""
 Record = dict[str, Any]
 
 
@@ -47,8 +63,10 @@ class Plan:
     seed: int = 0
     compiled_at: int | None = None
     """The only length for what compiles long; None: all."""
-    total_s: float = float("inf")
-    """No new measurement begins after so many seconds."""
+    train_up_to: int | None = None
+    """Longest length for what has gradients; None: all."""
+    ends_at: float = float("inf")
+    """time.time() after which no new measurement begins."""
 
 
 @dataclass
@@ -61,39 +79,56 @@ class Runner:
     dtype: torch.dtype
     say: Callable[[str], None]
     saved: Callable[[list[Record]], None] = lambda records: None
-    """Called after each shape."""
+    """Called before and after each measurement."""
+    lost: Callable[[], None] = lambda: None
+    """Called when the device does not answer any more."""
     records: list[Record] = field(default_factory=list)
-    _begun: float = field(default_factory=time.perf_counter)
+    """What an earlier process measured is not measured again."""
     _best: dict[tuple[str, Shape], float] = field(default_factory=dict)
     """Seconds of the best of an operation."""
     _favourite: dict[tuple[str, str], str] = field(default_factory=dict)
     """Its name, by operation and head layout."""
 
+    def __post_init__(self) -> None:
+        self._known = {_key(record) for record in self.records}
+        for record in self.records:
+            if "ms" in record:
+                shape = Shape(**{name: record[name] for name in SHAPE})
+                self._note(record["operation"], record["implementation"], shape, record["ms"] / 1e3)
+
     def run(self) -> bool:
         """Whether every check of ours passed."""
         for shape in self.plan.shapes:
             for inputs, operations in self._cases(shape):
-                for operation in operations:
-                    for implementation in operation.implementations:
-                        if self._unwanted(implementation, shape):
-                            continue
-                        if time.perf_counter() - self._begun > self.plan.total_s:
-                            self.say("the time is over: what follows is left out")
-                            return self._fine()
-                        record = self._measure(operation, implementation, inputs)
-                        self.records.append(record)
-                        self.say(line(record))
-                        if not self._forget():
-                            self.say(
-                                "the device does not answer any more: what follows is left out"
-                            )
-                            return False
-            self.saved(self.records)
+                for operation, one in self._wanted(operations, shape):
+                    if time.time() > self.plan.ends_at:
+                        self.say("the time is over: what follows is left out")
+                        return self._fine()
+                    record = self._record(operation, one, inputs[0])
+                    if _key(record) in self._known:
+                        continue
+                    self.saved([*self.records, {**record, "check": UNFINISHED, "failed": True}])
+                    with at_most(CASE_S if self.bench.cuda else None):
+                        self._measure(record, operation, one, inputs)
+                        working = self._forget()
+                    self.records.append(record)
+                    self.say(line(record))
+                    self.saved(self.records)
+                    if not working:
+                        self.lost()
+                        self.say("the device does not answer any more: what follows is left out")
+                        return False
+                del inputs  # before the next are made
         return self._fine()
 
-    def _unwanted(self, one: Implementation, shape: Shape) -> bool:
-        elsewhere = self.plan.compiled_at not in (None, shape.length)
-        return one.name in self.plan.without or (one.compiled and elsewhere)
+    def _wanted(
+        self, operations: Sequence[Operation], shape: Shape
+    ) -> Iterator[tuple[Operation, Implementation]]:
+        for operation in operations:
+            for one in operation.implementations:
+                elsewhere = self.plan.compiled_at not in (None, shape.length)
+                if one.name not in self.plan.without and not (one.compiled and elsewhere):
+                    yield operation, one
 
     def _fine(self) -> bool:
         return not any(record["ours"] and record["failed"] for record in self.records)
@@ -101,17 +136,20 @@ class Runner:
     def _cases(self, shape: Shape) -> Iterator[tuple[list[Inputs], list[Operation]]]:
         """Inputs and what to run on them; made when asked for, so that one set exists at a time."""
         wanted = [o for o in OPERATIONS if not self.plan.only or o.name in self.plan.only]
+        if self.plan.train_up_to is not None and shape.length > self.plan.train_up_to:
+            wanted = [o for o in wanted if not o.training]
         for number, data in enumerate(self.plan.data):
             prefill = [o for o in wanted if not o.decode and (o.by_selection or number == 0)]
-            if prefill and (inputs := self._inputs(shape, data)) is not None:
+            if prefill and (inputs := self._inputs(shape, data, self.make)) is not None:
                 yield [inputs], prefill
                 del inputs
-        if decoding := [o for o in wanted if o.decode]:
-            yield self.decode_inputs(shape), decoding
+        decoding = [o for o in wanted if o.decode]
+        if decoding and (copies := self._inputs(shape, "random", self.decode_inputs)) is not None:
+            yield copies, decoding
 
-    def _inputs(self, shape: Shape, data: str) -> Inputs | None:
+    def _inputs(self, shape: Shape, data: str, make: Callable[..., Any]) -> Any:
         try:
-            return self.make(shape, data)
+            return make(shape, data)
         except torch.OutOfMemoryError:
             self.say(f"{shape.name} {shape.length}: the inputs do not fit into memory")
         except ValueError as error:
@@ -135,31 +173,29 @@ class Runner:
             inputs.data = "model-like"
         return inputs
 
-    def decode_inputs(self, shape: Shape) -> list[Inputs]:
+    def decode_inputs(self, shape: Shape, data: str = "random") -> list[Inputs]:
         """Copies that together do not fit into the cache."""
         each = shape.batch * shape.length * (2 * shape.groups * shape.width + shape.index_width) * 2
         count = min(MOST_COPIES, -(-CACHE_BYTES // each)) if self.bench.cuda else 2
         common: dict[str, Any] = {"dtype": self.dtype, "device": self.bench.device, "queries": 1}
         return [random_inputs(shape, **common, seed=self.plan.seed + n) for n in range(count)]
 
-    def _measure(self, operation: Operation, one: Implementation, copies: list[Inputs]) -> Record:
-        """Check, then time; what cannot run is recorded, not raised."""
-        shape = copies[0].shape
-        record: Record = {
+    def _record(self, operation: Operation, one: Implementation, inputs: Inputs) -> Record:
+        return {
             "operation": operation.name,
             "implementation": one.name,
             "ours": one.ours,
-            "heads": shape.heads,
-            "groups": shape.groups,
-            "width": shape.width,
-            "length": shape.length,
-            "batch": shape.batch,
-            "block_size": shape.block_size,
-            "top_k": shape.top_k,
-            "data": copies[0].data if operation.by_selection else "random",
+            **{name: getattr(inputs.shape, name) for name in SHAPE},
+            "data": inputs.data if operation.by_selection else "random",
             "failed": False,
             "check": "",
         }
+
+    def _measure(
+        self, record: Record, operation: Operation, one: Implementation, copies: list[Inputs]
+    ) -> None:
+        """Check, then time, into `record`; what cannot run is recorded, not raised."""
+        shape = copies[0].shape
         try:
             copies, parts = self._affordable(operation, one, copies)
             if operation.by_selection:
@@ -168,7 +204,8 @@ class Runner:
                 assert ids is not None
                 record["union_factor"] = union_factors(ids, shape.block_size)
             calls = [one.make(inputs, None) for inputs in copies]
-            with poisoned():
+            # Compilers of others trace torch.empty.
+            with poisoned() if one.ours else contextlib.nullcontext():
                 result = calls[0]()
             verdict = one.check(copies[0], result)
             del result
@@ -181,9 +218,8 @@ class Runner:
         except torch.OutOfMemoryError:
             record["check"] = "left out: out of memory"
         except Exception as error:  # a library may refuse in its own way; the others go on
-            record["check"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            record["failed"] = True
-        return record
+            said = (str(error).strip() or "no message").splitlines()[0][:200]
+            record["check"], record["failed"] = f"{type(error).__name__}: {said}", True
 
     def _affordable(
         self, operation: Operation, one: Implementation, copies: list[Inputs]
@@ -193,7 +229,7 @@ class Runner:
         Dense attention is the same work for every group, so its time is that of one times their number.
         """
         shape = copies[0].shape
-        if operation.name != "dense" or self.ceilings is None or shape.groups == 1:
+        if not operation.by_group or self.ceilings is None or shape.groups == 1:
             return copies, 1
         if operation.flops(shape) / (0.7 * self.ceilings.flops) <= self.bench.budget_s:
             return copies, 1
@@ -221,7 +257,7 @@ class Runner:
         parts: int,
     ) -> None:
         seconds = timing.median_s * parts
-        flops, moved = operation.flops(shape), operation.moved(shape)
+        flops, moved = (one.flops or operation.flops)(shape), operation.moved(shape)
         record |= {
             "ms": seconds * 1e3,
             "fastest_ms": timing.fastest_s * parts * 1e3,
@@ -235,11 +271,14 @@ class Runner:
             narrow = operation.fp8_flops(shape) if one.fp8 else 0.0
             record["floor_ms"] = self.ceilings.floor_s(flops, moved, narrow) * 1e3
             record["floor_share"] = record["floor_ms"] / record["ms"]
-        if seconds < self._best.get((operation.name, shape), float("inf")):
-            self._best[operation.name, shape] = seconds
-            self._favourite[operation.name, shape.name] = one.name
+        self._note(operation.name, one.name, shape, seconds)
         if operation.dense and (operation.dense, shape) in self._best:
             record["dense_ratio"] = self._best[operation.dense, shape] / seconds
+
+    def _note(self, operation: str, name: str, shape: Shape, seconds: float) -> None:
+        if seconds < self._best.get((operation, shape), float("inf")):
+            self._best[operation, shape] = seconds
+            self._favourite[operation, shape.name] = name
 
     def _forget(self) -> bool:
         """Give memory back; whether the device still works (a wild access ends it for the process)."""
@@ -250,6 +289,12 @@ class Runner:
             except RuntimeError:
                 return False
         return True
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    """Tells measurements of one run apart."""
+    names = ("operation", "implementation", "data", *SHAPE)
+    return tuple(record[name] for name in names)
 
 
 def with_ids(inputs: Inputs) -> Inputs:
@@ -278,7 +323,7 @@ def one_group(inputs: Inputs) -> Inputs:
 def line(record: Record) -> str:
     """A record for reading."""
     where = f"{record['heads']}/{record['groups']} d{record['width']} {record['length']:>8}"
-    head = f"{record['operation']:13} {record['implementation']:24} {where} {record['data']:11}"
+    head = f"{record['operation']:15} {record['implementation']:24} {where} {record['data']:11}"
     if "ms" not in record:
         return f"{head} {'FAILED ' if record['failed'] else ''}{record['check']}"
     shown = (

@@ -38,31 +38,44 @@ def sweep(
             inputs = runner.decode_inputs(shape) if operation.decode else [runner.make(shape, data)]
             if operation.by_selection:
                 inputs = [with_ids(one) for one in inputs]
-            candidates = list(operation.candidates(inputs[0]))[:first]
-            entries = []
-            for launch in [None, *candidates] if candidates else []:
-                entries.append(
-                    {
+            for one in operation.implementations:
+                launches = list(one.candidates(inputs[0]))[:first]
+                entries = []
+                for launch in [None, *launches] if launches else []:
+                    where = {
                         "operation": operation.name,
+                        "implementation": one.name,
                         "heads": shape.heads,
                         "groups": shape.groups,
                         "length": shape.length,
                         "data": inputs[0].data,
                         "launch": "default" if launch is None else asdict(launch),
-                        **_one(
-                            operation.implementations[0], inputs, launch, bench, operation.decode
-                        ),
                     }
-                )
-            entries.sort(key=lambda entry: entry["ms"] or float("inf"))
-            for entry in entries:
-                shown = f"{entry['ms']:10.3f} ms" if entry["ms"] else entry["said"]
-                if not bench.cuda:
-                    entry["ms"], shown = None, entry["said"] or "runs"
-                where = f"{entry['operation']} {shape.name} {shape.length}"
-                print(f"{where}: {entry['launch']} {shown}", flush=True)
-            found += entries
+                    found_here = _one(one, inputs, launch, bench, operation.decode)
+                    entries.append({**where, **found_here})
+                _show(entries, shape, bench.cuda)
+                found += entries
     return found
+
+
+def _show(entries: list[dict[str, Any]], shape: Shape, cuda: bool) -> None:
+    """Print them, the fastest first; a CPU gives no speed."""
+    entries.sort(key=lambda entry: entry["ms"] or float("inf"))
+    for entry in entries:
+        shown = f"{entry['ms']:10.3f} ms" if entry["ms"] else entry["said"]
+        if not cuda:
+            entry["ms"], shown = None, entry["said"] or "runs"
+        where = f"{entry['operation']} {entry['implementation']} {shape.name} {shape.length}"
+        print(f"{where}: {_short(entry['launch'])} {shown}", flush=True)
+
+
+def _short(launch: Any) -> str:
+    """Launch values in a line: rows, keys, warps, stages."""
+    if not isinstance(launch, dict):
+        return str(launch)
+    if "rows" in launch:
+        return "/".join(str(value) for value in launch.values())
+    return " ".join(f"{name} {_short(value)}" for name, value in launch.items())
 
 
 def _one(one: Any, inputs: list[Any], launch: Any, bench: Bench, graph: bool) -> dict[str, Any]:

@@ -7,6 +7,8 @@
     python benchmarks/kernels.py --dry                                               on a CPU, no speed
     python benchmarks/kernels.py --profile profile.txt --json kernels.json           the slowest operation
 
+With --json the measuring process is a child: where a kernel hangs or breaks the device, another goes on.
+
 Each result is checked against the float64 definition on sampled rows before it is timed; one that is wrong
 gets no speed, and the exit code is 1. What is measured: bench_operations.py. The file: README.md here.
 """
@@ -14,6 +16,7 @@ gets no speed, and the exit code is 1. What is measured: bench_operations.py. Th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -21,14 +24,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_guard import begun, leave, supervise
+
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "heads": ["64/4", "32/8"],
         "lengths": ["8K", "32K", "128K", "1M"],
         "data": ["model"],
-        "without": ["flex attention", "torch topk alone"],
-        "budget_s": 0.5,
-        "compiled_at": None,
+        "without": ["flex attention", "torch topk alone", "triton deterministic"],
+        "budget_s": 0.3,
+        "train_up_to": "128K",
     },
     "full": {
         "heads": ["64/4", "32/8", "16/8", "28/4", "9/3"],
@@ -37,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "without": [],
         "budget_s": 0.5,
         "compiled_at": "32K",
+        "train_up_to": "128K",
     },
     # Ragged last blocks and lengths with and without a choice.
     "check": {
@@ -47,8 +53,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "budget_s": 1.0,
     },
     "dry": {
-        "heads": ["4/2x16", "3/1x16"],
-        "lengths": ["80"],
+        "heads": ["6/2x16"],
+        "lengths": ["52"],
         "data": ["model", "random"],
         "without": [],
         "budget_s": 0.0,
@@ -60,6 +66,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 if a check of ours failed; 2 for options that cannot be."""
     options = _options(arguments)
+    measures = not (options.dry or options.sweep or options.profile)
+    if arguments is None and measures and options.json is not None:
+        code = supervise()
+        if code is not None:
+            return code
     if options.dry:
         # Triton reads it where a kernel is defined: before the modules below are imported.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -83,7 +94,6 @@ def _measure(options: argparse.Namespace) -> int:
     from bench_run import Plan, Runner
     from bench_timing import Bench, ceilings
 
-    begun = time.perf_counter()
     device = torch.device("cpu" if options.dry else "cuda")
     dtype = torch.float16 if options.dry else torch.bfloat16  # bf16 is wrong in the interpreter
     bench = Bench(device, options.budget_s)
@@ -104,7 +114,7 @@ def _measure(options: argparse.Namespace) -> int:
             "environment": about,
             "dry": options.dry,
             "ceilings": None if found is None else vars(found),
-            "seconds": round(time.perf_counter() - begun, 1),
+            "seconds": round(time.time() - begun(), 1),
             "break_even": break_even(records),
             "results": records,
         }
@@ -124,9 +134,19 @@ def _measure(options: argparse.Namespace) -> int:
         speed=speed,
         seed=options.seed,
         compiled_at=None if options.compiled_at is None else _length(options.compiled_at),
-        total_s=options.total_s,
+        train_up_to=None if options.train_up_to is None else _length(options.train_up_to),
+        ends_at=begun() + options.total_s,
     )
-    runner = Runner(plan, bench, found, dtype, lambda text: print(text, flush=True), save)
+    runner = Runner(
+        plan,
+        bench,
+        found,
+        dtype,
+        say=lambda text: print(text, flush=True),
+        saved=save if options.json is not None else lambda records: None,
+        lost=leave if options.json is not None and bench.cuda else lambda: None,
+        records=_earlier(options),
+    )
     fine = runner.run()
     save(runner.records)
     print("dry: no speed" if options.dry else summary(runner.records))
@@ -161,11 +181,20 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0
 
 
+def _earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the process before this one measured."""
+    if not options.go_on or options.json is None or not options.json.is_file():
+        return []
+    return json.loads(options.json.read_text())["results"]
+
+
 def _shapes(options: argparse.Namespace) -> list[Any]:
     from bench_data import Shape
 
     found = []
-    for length in sorted(map(_length, options.lengths)):  # what was fastest before is used at 1M
+    # What was fastest before is used at 1M; the shortest rows count least, if time runs out.
+    ascending = sorted(map(_length, options.lengths))
+    for length in [*ascending[1:], ascending[0]]:
         for heads, groups, width in map(_layout, options.heads):
             size = {"block_size": options.block_size, "top_k": options.top_k}
             index_width = 16 if options.dry else 128
@@ -223,6 +252,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--total-s", type=float, default=float("inf"), help="then begin nothing new"
     )
     parser.add_argument("--compiled-at", help="the one length at which FlexAttention is compiled")
+    parser.add_argument("--train-up-to", help="longest length for what has gradients")
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="measure what --json lacks"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="results, with hardware and versions")
     parser.add_argument("--plot", type=Path, help="an SVG of the ratios")

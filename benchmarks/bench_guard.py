@@ -1,0 +1,70 @@
+"""Keeps a benchmark going when a kernel hangs or breaks the device: its process ends, another continues.
+
+A wild memory access makes a CUDA device useless to the process that did it, and a kernel that never ends
+holds its process for ever. So the measuring process writes down what it begins; when it is lost it leaves
+with the exit code LOST, and `supervise` starts it again with `--continue`, which skips what is written.
+Called by kernels.py and step.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+LOST = 75
+"""Exit code of a process that lost the device."""
+WORKER = "DENSE2SPARSE_BENCH_BEGUN"
+"""Environment variable of the measuring process: the time at which the first one began."""
+MOST_STARTS = 20
+UNFINISHED = "the process ended while this ran: it hung, broke the device or was stopped"
+
+
+def supervise() -> int | None:
+    """Run this command in a process of its own as often as it takes: its exit code.
+
+    None in that process itself, which should then measure.
+    """
+    if WORKER in os.environ:
+        return None
+    environment = {**os.environ, WORKER: str(time.time())}
+    command, code = [sys.executable, *sys.orig_argv[1:]], LOST
+    for _ in range(MOST_STARTS):
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code != LOST:
+            break
+        print("the measuring process is lost: another one continues", flush=True)
+        if "--continue" not in command:
+            command.append("--continue")
+    return code
+
+
+def begun() -> float:
+    """time.time() at the first start of this command."""
+    return float(os.environ.get(WORKER, time.time()))
+
+
+def leave() -> None:
+    """End the process at once, from any thread; what was to be kept must be written."""
+    print("the device does not answer any more", flush=True)
+    sys.stdout.flush()
+    os._exit(LOST)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float | None) -> Iterator[None]:
+    """Leave if what is inside takes longer; None: no limit."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
