@@ -1,33 +1,22 @@
-"""The four arms of every comparison, and the models behind them.
+"""The four arms of every comparison, by name. No model and no torch here: scores are made without them.
 
     A original_dense       the checkpoint as it was            A - B  training drift
     B converted_dense      converted weights, full attention   B - D  budget cost
     C converted_sparse     blocks of the index branch          D - C  indexer error
     D converted_oracle     blocks of the true attention mass
 
-B, C and D are one loaded model in three attention modes; A is loaded before and freed.
+`eval/models.py` loads what stands behind them.
 """
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import json
+import difflib
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from ..model.attention import attention_mode
-from ..model.convert import load, load_dense
-from ..model.execution import Execution
-
-_MODES = {"converted_dense": "dense", "converted_sparse": "sparse", "converted_oracle": "oracle"}
-_WINDOW = 4096
-"""Bytes that the fingerprint reads at a time."""
+ARMS = ("original_dense", "converted_dense", "converted_sparse", "converted_oracle")
+DENSE = ARMS[:2]
+"""Arms that read every block and therefore have no budget."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +31,21 @@ class ArmRun:
         """Name in files and tables, for example `converted_sparse-k16`."""
         return self.arm if self.top_k is None else f"{self.arm}-k{self.top_k}"
 
-    def attention(self, model: Any) -> AbstractContextManager[None]:
-        """Context in which `model` attends as this arm does."""
-        if self.arm == "original_dense":
-            return nullcontext()
-        return attention_mode(model, _MODES[self.arm], top_k=self.top_k)  # type: ignore[arg-type]
+    @classmethod
+    def parse(cls, label: str) -> ArmRun:
+        """Back from a label.
+
+        Raises:
+            ValueError: not the label of an arm, with the nearest one.
+        """
+        arm, _, budget = label.partition("-k")
+        if arm in DENSE and not budget:
+            return cls(arm)
+        if arm in ARMS and arm not in DENSE and budget.isdigit() and int(budget):
+            return cls(arm, int(budget))
+        near = difflib.get_close_matches(arm, ARMS, n=1, cutoff=0.0)[0]
+        wanted = near if near in DENSE else f"{near}-k16"
+        raise ValueError(f"{label!r} is no arm: name it like {wanted!r}")
 
 
 def arm_runs(arms: Iterable[str], top_ks: Sequence[int]) -> list[ArmRun]:
@@ -57,10 +56,8 @@ def arm_runs(arms: Iterable[str], top_ks: Sequence[int]) -> list[ArmRun]:
     """
     chosen = set(arms)
     if not chosen:
-        raise ValueError(
-            f"`arms` is empty: name at least one of original_dense, {', '.join(_MODES)}"
-        )
-    runs = [ArmRun(arm) for arm in ("original_dense", "converted_dense") if arm in chosen]
+        raise ValueError(f"`arms` is empty: name at least one of {', '.join(ARMS)}")
+    runs = [ArmRun(arm) for arm in DENSE if arm in chosen]
     for top_k in top_ks:
         for arm in ("converted_sparse", "converted_oracle"):
             if arm in chosen:
@@ -68,87 +65,18 @@ def arm_runs(arms: Iterable[str], top_ks: Sequence[int]) -> list[ArmRun]:
     return runs
 
 
-class Models:
-    """Loads the model of an arm when it is first needed and keeps one at a time."""
-
-    def __init__(
-        self,
-        original: Path,
-        converted: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        execution: Execution | None = None,
-    ) -> None:
-        """`execution` is how the converted model attends; the original is plain transformers."""
-        self._paths = {"original": original, "converted": converted}
-        self._device, self._dtype = device, dtype
-        self._execution = execution
-        self._held: tuple[str, Any] | None = None
-        self._fingerprints: dict[str, str] = {}
-
-    def fingerprint(self, run: ArmRun) -> str:
-        """Checksum of the checkpoint behind an arm."""
-        which = _which(run)
-        if which not in self._fingerprints:
-            self._fingerprints[which] = checkpoint_fingerprint(self._paths[which])
-        return self._fingerprints[which]
-
-    def of(self, run: ArmRun) -> Any:
-        """The arm's model in evaluation mode."""
-        which = _which(run)
-        if self._held is None or self._held[0] != which:
-            self.release()
-            path = self._paths[which]
-            model: Any
-            if which == "original":
-                model = load_dense(path, dtype=self._dtype)
-            else:
-                model = load(path, dtype=self._dtype, mode="dense", execution=self._execution)
-            self._held = (which, model.to(self._device).eval())
-        return self._held[1]
-
-    def release(self) -> None:
-        """Free the model that is held."""
-        self._held = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _which(run: ArmRun) -> str:
-    return "original" if run.arm == "original_dense" else "converted"
-
-
-def checkpoint_fingerprint(path: Path) -> str:
-    """Checksum that tells checkpoints apart: the config, and three windows of every tensor.
-
-    Every tensor is looked at, because a warm-up with a frozen backbone moves only a few per cent of the
-    bytes; not all of each, because training moves a tensor everywhere and a large model is 60 GB.
-
-    Raises:
-        ValueError: no safetensors file in the folder.
-    """
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{path} holds no *.safetensors file: save the checkpoint with save_pretrained"
-        )
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in files:
-        with open(file, "rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = stream.read(size)
-            digest.update(header)
-            for name, tensor in sorted(json.loads(header).items()):
-                if name != "__metadata__":
-                    for place in _windows(*tensor["data_offsets"]):
-                        stream.seek(8 + size + place)
-                        digest.update(stream.read(_WINDOW))
-    return digest.hexdigest()
-
-
-def _windows(first: int, last: int) -> tuple[int, int, int]:
-    """Where to read in a tensor's bytes: its beginning, middle and end."""
-    end = max(first, last - _WINDOW)
-    return first, (first + end) // 2, end
+def comparisons(runs: Sequence[ArmRun]) -> list[tuple[str, ArmRun, ArmRun]]:
+    """(meaning, first, second) of every pair among the runs that says something."""
+    have = {run.label: run for run in runs}
+    dense, before = have.get("converted_dense"), have.get("original_dense")
+    pairs: list[tuple[str, ArmRun | None, ArmRun | None]] = [("training drift", before, dense)]
+    for top_k in sorted({run.top_k for run in runs if run.top_k is not None}):
+        sparse = have.get(ArmRun("converted_sparse", top_k).label)
+        oracle = have.get(ArmRun("converted_oracle", top_k).label)
+        pairs += [
+            ("budget cost", dense, oracle),
+            ("indexer error", oracle, sparse),
+            ("cost of sparsity", dense, sparse),
+            ("whole conversion", before, sparse),
+        ]
+    return [(name, one, two) for name, one, two in pairs if one and two]

@@ -14,6 +14,11 @@ from typing import Any
 
 from ..data.fetch import write_atomically
 
+PREDICTIONS = "predictions.jsonl"
+"""All predictions of an arm, sorted by id."""
+JOURNALS = "rank-*-of-*.jsonl"
+"""Journals of the ranks that made them."""
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON so that `path` holds either the old content or all of the new."""
@@ -83,9 +88,36 @@ def read_journals(folder: Path) -> dict[str, dict[str, Any]]:
         ValueError: a damaged line.
     """
     records: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("rank-*-of-*.jsonl")):
+    for path in sorted(folder.glob(JOURNALS)):
         for record in read_lines(path):
             records.setdefault(record["id"], record)
+    return dict(sorted(records.items()))
+
+
+def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records by id of `predictions.jsonl`, or where there is none of every `*.jsonl` in a folder.
+
+    Files made elsewhere may lack the line end after the last record.
+
+    Raises:
+        ValueError: a damaged line, or an id with two different predictions.
+    """
+    whole = folder / PREDICTIONS
+    records: dict[str, dict[str, Any]] = {}
+    for path in [whole] if whole.is_file() else sorted(folder.glob("*.jsonl")):
+        content = path.read_bytes()
+        ours = path.match(JOURNALS)
+        if content and not ours and not content.endswith(b"\n"):
+            content += b"\n"
+        found, size = _parse(path, content)
+        if size < len(content) and not ours:
+            raise ValueError(f"{path} ends in a damaged line (not a JSON record): copy it again")
+        for record in found:
+            other = records.setdefault(record["id"], record)
+            if other.get("prediction") != record.get("prediction"):
+                raise ValueError(
+                    f"{path} predicts {record['id']} a second time, otherwise: keep one of them"
+                )
     return dict(sorted(records.items()))
 
 

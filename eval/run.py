@@ -26,7 +26,7 @@ from ..recipes.load import first_difference, load, resolved
 from .errors import sentence
 
 if TYPE_CHECKING:
-    from .stages import EvalContext
+    from .context import EvalContext
 
 EVALUATIONS = ("probe", "perplexity", "ruler", "longbench")
 TRAININGS = ("warmup", "sparse")
@@ -165,8 +165,8 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
     from transformers.utils import logging
 
     from ..model.convert import is_converted
-    from .arms import checkpoint_fingerprint
-    from .stages import EvalContext
+    from .context import EvalContext
+    from .models import checkpoint_fingerprint
 
     logging.disable_progress_bar()  # one bar for every model that is loaded, between our own lines
     if not is_converted(converted):

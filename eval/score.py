@@ -1,137 +1,241 @@
-"""From prediction journals to tables, intervals and tests. Reads nothing but the records it is given.
+"""Scores of predictions, also of those made elsewhere: data files in, one data file and a table out.
 
-Differences are "points lost": first arm minus second, so a positive number is a loss.
+    python -m dense2sparse.eval.score FOLDER [--margin 1.0] [--compare FIRST SECOND]
+
+FOLDER holds one folder an arm, named by the arm (`original_dense`, `converted_dense`,
+`converted_sparse-k16`, `converted_oracle-k16`, or any name for `--compare`), each with `*.jsonl` of one
+object a prediction: `id`, `task`, `length`, `references`, `prediction`, and what else eval/predict.py
+writes. `scores.json` is written into FOLDER. No model, no torch: whoever has the files can check every
+number.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from .arms import ArmRun
-from .ruler import Sample
-from .statistics import holm, mcnemar, paired_bootstrap, unseen_share, wilson
+from . import tables
+from .arms import ArmRun, comparisons
+from .errors import sentence
+from .records import read_predictions, write_json
+from .tables import Predictions
 
-Predictions = dict[str, dict[str, Any]]
-_FLIPS = 5
-_SHOWN = 240
-
-
-def comparisons(runs: Sequence[ArmRun]) -> list[tuple[str, ArmRun, ArmRun]]:
-    """(meaning, first, second) of every pair among the runs that says something."""
-    have = {run.label: run for run in runs}
-    dense, before = have.get("converted_dense"), have.get("original_dense")
-    pairs: list[tuple[str, ArmRun | None, ArmRun | None]] = [("training drift", before, dense)]
-    for top_k in sorted({run.top_k for run in runs if run.top_k is not None}):
-        sparse = have.get(ArmRun("converted_sparse", top_k).label)
-        oracle = have.get(ArmRun("converted_oracle", top_k).label)
-        pairs += [
-            ("budget cost", dense, oracle),
-            ("indexer error", oracle, sparse),
-            ("cost of sparsity", dense, sparse),
-            ("whole conversion", before, sparse),
-        ]
-    return [(name, one, two) for name, one, two in pairs if one and two]
+DEFAULT_MARGIN = 1.0
+"""Points; the recipe's report stage names another."""
+_NEEDED = {"id": str, "task": str, "length": int, "references": list, "prediction": str}
+_SAME = ("checkpoint", "precision", "index_precision", "prompts")
 
 
-def cells(samples: Sequence[Sample], predictions: Predictions) -> dict[str, dict[str, Any]]:
-    """length -> task -> score with its share of fully right answers; and the mean over tasks.
+def score_of(record: Mapping[str, Any]) -> float:
+    """Score of one prediction, 0 to 100, by the metric of its benchmark and task.
 
     Raises:
-        ValueError: a sample has no prediction.
+        ValueError: a benchmark that is not known.
     """
-    missing = [sample.id for sample in samples if sample.id not in predictions]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(samples)} prompts have no prediction ({missing[0]} first): "
-            "run the stage again, it goes on where it stopped"
-        )
-    table: dict[str, dict[str, Any]] = {}
-    for length, task in sorted({(sample.length, sample.task) for sample in samples}):
-        records = [
-            predictions[one.id] for one in samples if (one.length, one.task) == (length, task)
-        ]
-        scores = [record["score"] for record in records]
-        right = sum(score == 100.0 for score in scores)
-        mean = sum(scores) / len(scores)
-        table.setdefault(str(length), {})[task] = {
-            "score": mean,
-            "samples": len(scores),
-            "all_right": wilson(right, len(scores)).record(),
-            "uninformative": not 10 <= mean <= 99,
-            "stopped": dict(Counter(record["stopped"] for record in records)),
-            "empty": sum(not record["prediction"].strip() for record in records),
+    benchmark = record.get("benchmark", "ruler")
+    if benchmark == "ruler":
+        from .ruler import hits, score
+
+        return score(hits(record["prediction"], record["references"]))
+    raise ValueError(f"benchmark={benchmark!r} of prediction {record['id']}: use ruler")
+
+
+def scored(records: Mapping[str, Mapping[str, Any]]) -> Predictions:
+    """The records with their `score`."""
+    return {name: {**record, "score": score_of(record)} for name, record in records.items()}
+
+
+def evaluate(
+    arms: Mapping[str, Predictions], *, margin: float, pairs: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Every table of some arms' scored predictions.
+
+    Args:
+        arms: label -> scored predictions, the same prompts in each.
+        margin: points that may be lost.
+        pairs: further comparisons (first, second) beside those that the arms' names mean.
+
+    Raises:
+        ValueError: arms that did not answer the same prompts.
+    """
+    check_same_prompts(arms)
+    runs = [run for label in arms if (run := _run(label)) is not None]
+    named = [(name, one.label, two.label) for name, one, two in comparisons(runs)]
+    named += [("difference", first, second) for first, second in pairs]
+    found: dict[str, Any] = {"margin": margin, "arms": {}, "comparisons": []}
+    for label, records in arms.items():
+        run = _run(label)
+        table = tables.cells(records)
+        found["arms"][label] = {
+            "arm": label if run is None else run.arm,
+            "top_k": None if run is None else run.top_k,
+            "scores": table,
+            "means": tables.means(table),
+            "needles": tables.needles(records),
+            "depths": tables.depths(records),
         }
-    return table
-
-
-def means(table: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """length -> plain mean over its tasks."""
-    return {
-        length: sum(cell["score"] for cell in tasks.values()) / len(tasks)
-        for length, tasks in table.items()
-    }
-
-
-def compare(
-    samples: Sequence[Sample], first: Predictions, second: Predictions
-) -> list[dict[str, Any]]:
-    """By length: points lost with a stratified interval, and each task with McNemar's test and Holm."""
-    results = []
-    for length in sorted({sample.length for sample in samples}):
-        by_task: dict[str, list[Sample]] = {}
-        for sample in samples:
-            if sample.length == length:
-                by_task.setdefault(sample.task, []).append(sample)
-        tasks = [_task(name, many, first, second) for name, many in sorted(by_task.items())]
-        for task, adjusted in zip(tasks, holm([task["p"] for task in tasks]), strict=True):
-            task["p_holm"] = adjusted
-        differences = {task["task"]: task.pop("differences") for task in tasks}
-        total = sum(len(many) for many in differences.values())
-        changed = any(any(many) for many in differences.values())
-        results.append(
+    for meaning, first, second in named:
+        found["comparisons"].append(
             {
-                "length": length,
-                "lost": paired_bootstrap(differences).record(),
-                "unseen_share": None if changed else unseen_share(total),
-                "tasks": tasks,
+                "meaning": meaning,
+                "first": first,
+                "second": second,
+                **tables.compare(arms[first], arms[second], margin=margin),
+                "flips": tables.flips(arms[first], arms[second]),
             }
         )
-    return results
+    return found
 
 
-def flips(
-    samples: Sequence[Sample], first: Predictions, second: Predictions
-) -> list[dict[str, Any]]:
-    """A few samples whose score differs most, side by side."""
-    changed = [one for one in samples if first[one.id]["score"] != second[one.id]["score"]]
-    changed.sort(key=lambda one: (first[one.id]["score"] - second[one.id]["score"], one.id))
-    picked = changed[-_FLIPS:][::-1]
-    return [
-        {
-            "id": one.id,
-            "references": one.references,
-            "first": first[one.id]["prediction"][:_SHOWN],
-            "second": second[one.id]["prediction"][:_SHOWN],
-            "scores": [first[one.id]["score"], second[one.id]["score"]],
-        }
-        for one in picked
-    ]
+def check_same_prompts(arms: Mapping[str, Predictions]) -> None:
+    """Refuse arms that differ in their prompts' ids, tasks, lengths or references (ValueError)."""
+    everything = {name for records in arms.values() for name in records}
+    for label, records in arms.items():
+        missing = sorted(everything - records.keys())
+        if missing:
+            raise ValueError(
+                f"arm {label} has no prediction of {len(missing)} of {len(everything)} prompts "
+                f"({missing[0]} first): predict them, arms are compared prompt by prompt"
+            )
+    first = next(iter(arms))
+    for label, records in arms.items():
+        for name, record in records.items():
+            for key in ("task", "length", "references"):
+                if record[key] != arms[first][name][key]:
+                    raise ValueError(
+                        f"prompt {name} has another {key} in arm {label} than in {first}: these are "
+                        "predictions of different prompts, predict both on the same"
+                    )
 
 
-def _task(
-    name: str, samples: Sequence[Sample], first: Predictions, second: Predictions
-) -> dict[str, Any]:
-    before = [first[one.id]["score"] for one in samples]
-    after = [second[one.id]["score"] for one in samples]
-    differences = [one - two for one, two in zip(before, after, strict=True)]
-    right = [score == 100.0 for score in before], [score == 100.0 for score in after]
-    return {
-        "task": name,
-        "lost": paired_bootstrap({name: differences}).record(),
-        "worse": sum(a and not b for a, b in zip(*right, strict=True)),
-        "better": sum(b and not a for a, b in zip(*right, strict=True)),
-        "p": mcnemar(*right),
-        "differences": differences,
-    }
+def read_folder(folder: Path) -> dict[str, Predictions]:
+    """label -> predictions by id of every arm's folder below `folder`.
+
+    Raises:
+        ValueError: no arms, a damaged or incomplete record, or arms of different checkpoints.
+    """
+    homes = sorted({path.parent for path in folder.glob("*/*.jsonl")})
+    if not homes:
+        deeper = sorted({str(path.parent.parent) for path in folder.glob("**/*.jsonl")})
+        hint = f" (did you mean {deeper[0]}?)" if deeper else ""
+        raise ValueError(
+            f"{folder} holds no folder with *.jsonl in it: give the one that holds a folder an arm{hint}"
+        )
+    arms: dict[str, Predictions] = {}
+    notes: dict[str, dict[str, Any]] = {}
+    for home in homes:
+        note = _note(home)
+        label = note.get("label", home.name)
+        if label in arms:
+            raise ValueError(
+                f"{folder} holds arm {label} twice ({home.name} is one): keep one of them"
+            )
+        arms[label] = _read_arm(home)
+        if note:
+            notes[label] = note
+    _check_notes(notes)
+    return arms
+
+
+def _read_arm(home: Path) -> Predictions:
+    records = read_predictions(home)
+    for name, record in records.items():
+        for key, kind in _NEEDED.items():
+            if not isinstance(record.get(key), kind):
+                raise ValueError(
+                    f"prediction {name} in {home} has {key}={record.get(key)!r}: it needs "
+                    f"{', '.join(f'{key} ({kind.__name__})' for key, kind in _NEEDED.items())}"
+                )
+    return records
+
+
+def _note(home: Path) -> dict[str, Any]:
+    """What an arm's folder says of itself; empty for predictions made elsewhere."""
+    path = home / "arm.json"
+    if not path.is_file():
+        return {}
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it to use the folder's name"
+        ) from None
+    return note if isinstance(note, dict) else {}
+
+
+def _check_notes(notes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Arms of one converted model must be of one: same checkpoint, precision and prompts."""
+    converted = {label: note for label, note in notes.items() if label != "original_dense"}
+    for key in _SAME:
+        values = {label: note[key] for label, note in converted.items() if key in note}
+        if len(set(map(str, values.values()))) > 1:
+            one, other = (
+                list(values)[0],
+                next(label for label in values if values[label] != list(values.values())[0]),
+            )
+            raise ValueError(
+                f"arms {one} and {other} have another {key}: compare predictions of one converted "
+                "checkpoint, made alike"
+            )
+
+
+def _run(label: str) -> ArmRun | None:
+    try:
+        return ArmRun.parse(label)
+    except ValueError:
+        return None
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """What was found, for a terminal: means by arm and length, then each comparison's verdict."""
+    lines = []
+    for label, arm in found["arms"].items():
+        means = "  ".join(f"{length}: {mean:.2f}" for length, mean in arm["means"].items())
+        lines.append(f"{label:28} {means}")
+    for pair in found["comparisons"]:
+        lost = pair["overall"]["lost"]
+        lines.append(
+            f"{pair['meaning']} ({pair['first']} - {pair['second']}): {lost['estimate']:+.2f} points lost "
+            f"[{lost['low']:+.2f}, {lost['high']:+.2f}], {pair['overall']['verdict']} at a margin of "
+            f"{found['margin']:g}"
+        )
+    if not found["comparisons"]:
+        lines.append("no two arms to compare: name folders by their arm, or give --compare")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score a folder; exit code 2 for one that cannot be scored."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dense2sparse.eval.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="holds one folder of predictions an arm")
+    parser.add_argument("--margin", type=float, default=DEFAULT_MARGIN, help="points, default 1")
+    parser.add_argument("--compare", nargs=2, action="append", default=[], metavar="ARM")
+    options = parser.parse_args(arguments)
+    try:
+        arms = read_folder(options.folder)
+        for label in (label for pair in options.compare for label in pair):
+            if label not in arms:
+                raise ValueError(f"--compare {label}: no such arm, there are {', '.join(arms)}")
+        scores = {label: scored(records) for label, records in arms.items()}
+        found = evaluate(scores, margin=options.margin, pairs=list(map(tuple, options.compare)))
+        write_json(options.folder / "scores.json", found)
+    except (ValueError, OSError) as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
+    print(summary(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

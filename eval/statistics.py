@@ -1,8 +1,8 @@
-"""Intervals and tests for paired comparisons; numpy only.
+"""Intervals and tests for paired comparisons; numpy only. docs/statistics.md says how to read them.
 
 Every comparison is paired: the same prompts or rows in both arms. Tasks are strata, so a mean over tasks is
 resampled within each task. With few samples a bootstrap of differences that are all zero has no width;
-`unseen_share` says what such a result can still hide.
+`unseen_share` says what such a result can still hide, and `verdict` does not go below it.
 """
 
 from __future__ import annotations
@@ -93,6 +93,38 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         return 1.0
     tail = sum(math.comb(changed, count) for count in range(min(lost, won) + 1))
     return min(1.0, 2 * tail / 2**changed)
+
+
+def changed_p(differences: Sequence[float]) -> float:
+    """Exact two-sided sign test that a change is as often a loss as a gain.
+
+    For scores that are all right or all wrong this is McNemar's exact test; it also serves scores in
+    between (a share of references, F1), of which only the direction counts.
+    """
+    return mcnemar([one > 0 for one in differences if one], [one < 0 for one in differences if one])
+
+
+def verdict(lost: Interval, margin: float, *, pairs: int) -> str:
+    """What an interval of the points lost says about a margin.
+
+    `non-inferior`: less than the margin is lost at the interval's confidence; with 95 % two-sided, that is
+    wrongly said in at most 2.5 %. `inferior`: more than the margin is lost. `undecided`: neither is shown.
+
+    Args:
+        lost: points lost, 0 to 100.
+        margin: points that may be lost, above 0.
+        pairs: number of pairs behind the interval. Even if none had changed, a share of
+            `unseen_share(pairs)` of all prompts might; no interval is taken to be better than that.
+
+    Raises:
+        ValueError: a margin that is not above 0.
+    """
+    if margin <= 0:
+        raise ValueError(f"margin={margin}: use points above 0, for example 1")
+    if lost.low > margin:
+        return "inferior"
+    floor = 100 * unseen_share(pairs, confidence=(1 + lost.confidence) / 2)
+    return "non-inferior" if max(lost.high, floor) < margin else "undecided"
 
 
 def wilson(successes: int, samples: int, *, confidence: float = 0.95) -> Interval:

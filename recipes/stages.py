@@ -174,6 +174,8 @@ class ReportStage(Section):
     """HTML report of everything under the run's folder."""
 
     kind: Literal["report"]
+    margin: float = Field(1.0, gt=0, le=100)
+    """Points (of 100) that the conversion may cost a benchmark's mean and still be called non-inferior."""
 
 
 Stage = Annotated[

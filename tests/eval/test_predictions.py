@@ -1,38 +1,52 @@
-"""Stored prompts and predictions: checks on use, resume after a kill, sharding, stops."""
+"""Predictions: greedy answers, shares of ranks, resume, whose predictions a folder holds, merging."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dense2sparse.eval import prepare as prepare_module
-from dense2sparse.eval.generate import AllFound, answer, end_tokens, greedy, predict
-from dense2sparse.eval.prepare import load, prepare
-from dense2sparse.eval.records import Journal, journal_path, read_journals, read_lines
-
-TASKS = ["niah_single_1", "niah_multikey_1"]
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory, ruler_like_words, works, tokenizer):
-    folder = tmp_path_factory.mktemp("prompts")
-    return make(folder, ruler_like_words, works, tokenizer)
-
-
-def make(folder, words, works, tokenizer, **changes):
-    given = {"tasks": TASKS, "lengths": [512], "samples": 3, "seed": 1, **changes}
-    return prepare(folder, tokenizer=tokenizer, words=words, works=works, **given)
+from dense2sparse.eval.arms import ArmRun
+from dense2sparse.eval.generate import FOUND, MEASURED, answer, end_tokens, generate
+from dense2sparse.eval.models import attending
+from dense2sparse.eval.predict import claim, merge, predict, share
+from dense2sparse.eval.records import (
+    Journal,
+    journal_path,
+    read_journals,
+    read_lines,
+    read_predictions,
+)
+from dense2sparse.eval.score import score_of
+from dense2sparse.kernels import ops
+from dense2sparse.model import convert
+from dense2sparse.model.execution import Dispatch
 
 
 @pytest.fixture(scope="module")
-def short(prompts):
-    """The same prompts with a budget of three tokens, so that a tiny model answers in no time."""
-    return [replace(sample, new_tokens=3) for sample in prompts.samples]
+def answering():
+    place = Path(__file__).with_name("answering.py")
+    spec = importlib.util.spec_from_file_location("answering_for_predictions", place)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny_model(answering):
+    return answering.lively_model()
+
+
+@pytest.fixture(scope="module")
+def short(answering, tokenizer, ruler_like_words):
+    """Prompts with a budget of three tokens, so that a tiny model answers in no time."""
+    return answering.prompts(tokenizer, ruler_like_words.nouns, 6)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +56,17 @@ def undisturbed(tmp_path_factory, tiny_model, tokenizer, short):
     return comparable(folder)
 
 
+@pytest.fixture(scope="module")
+def converted(answering, tmp_path_factory, tiny_model, tokenizer):
+    """A converted model, random index branch, 16 tokens a block."""
+    home = answering.build_home(tmp_path_factory.mktemp("converted"), tiny_model, tokenizer)
+    return convert.load(home / "converted", dtype=torch.float32, mode="dense").eval()
+
+
 def comparable(folder):
-    """Records by id, without the seconds."""
+    """Records by id, without what differs from run to run."""
     return {
-        name: {key: value for key, value in record.items() if key != "seconds"}
+        name: {key: value for key, value in record.items() if key not in MEASURED}
         for name, record in read_journals(folder).items()
     }
 
@@ -64,75 +85,6 @@ def test_prompts_read_in_chunks_get_the_same_answers(
     predict(tiny_model, tokenizer, short, tmp_path, prefill_chunk=100)
     assert max(lengths) == 100
     assert comparable(tmp_path) == undisturbed
-
-
-def test_preparing_again_changes_no_byte(prompts, ruler_like_words, works, tokenizer):
-    before = {path: path.read_bytes() for path in prompts.folder.rglob("*") if path.is_file()}
-    again = make(prompts.folder.parent, ruler_like_words, works, tokenizer)
-    assert again == prompts
-    assert before == {path: path.read_bytes() for path in before}
-
-
-def test_changed_code_makes_other_prompts(
-    tmp_path, monkeypatch, prompts, ruler_like_words, works, tokenizer
-):
-    for name in ("ruler.py", "ruler_tasks.py"):
-        shutil.copy(Path(prepare_module.__file__).with_name(name), tmp_path)
-    same = prepare_module.code_digest(tmp_path)
-    manifest = json.loads((prompts.folder / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["code"] == same
-    seen = {same}
-    for name in ("ruler.py", "ruler_tasks.py"):
-        with open(tmp_path / name, "a", encoding="utf-8") as file:
-            file.write("CHANGED = True\n")
-        seen.add(prepare_module.code_digest(tmp_path))
-    assert len(seen) == 3
-    monkeypatch.setattr(prepare_module, "code_digest", lambda folder: "other")
-    few = {"tasks": ["niah_single_1"], "samples": 1}
-    other = make(tmp_path, ruler_like_words, works, tokenizer, **few)
-    monkeypatch.undo()
-    again = make(tmp_path, ruler_like_words, works, tokenizer, **few)
-    assert other.digest != again.digest and other.folder != again.folder
-    assert other.samples == again.samples
-
-
-def test_preparation_that_was_killed_goes_on(tmp_path, prompts, ruler_like_words, works, tokenizer):
-    half = make(tmp_path, ruler_like_words, works, tokenizer)
-    (half.folder / "manifest.json").unlink()
-    (half.folder / "512" / "niah_single_1.jsonl").unlink()
-    assert make(tmp_path, ruler_like_words, works, tokenizer).samples == prompts.samples
-
-
-def test_task_that_does_not_fit_is_kept_with_its_reason(
-    tmp_path, ruler_like_words, works, tokenizer
-):
-    made = make(tmp_path, ruler_like_words, works, tokenizer, tasks=["cwe", "niah_single_1"])
-    assert [(skip["task"], skip["length"]) for skip in made.skipped] == [("cwe", 512)]
-    assert "smallest form" in made.skipped[0]["reason"]
-    assert {sample.task for sample in made.samples} == {"niah_single_1"}
-
-
-def test_changed_prompt_file_is_refused(tmp_path, ruler_like_words, works, tokenizer):
-    made = make(tmp_path, ruler_like_words, works, tokenizer)
-    path = made.folder / "512" / "niah_single_1.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"secret", b"sacred", 1))
-    with pytest.raises(ValueError, match="niah_single_1.jsonl is not the file that was prepared"):
-        load(made.folder, tokenizer)
-
-
-def test_prompts_of_another_tokenizer_are_refused(prompts, chat_tokenizer):
-    with pytest.raises(ValueError, match="made for another tokenizer"):
-        load(prompts.folder, chat_tokenizer)
-
-
-def test_folder_without_prompts_is_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="holds no prepared prompts"):
-        load(tmp_path, tokenizer)
-
-
-def test_other_seed_goes_to_another_folder(tmp_path, prompts, ruler_like_words, works, tokenizer):
-    other = make(tmp_path, ruler_like_words, works, tokenizer, seed=2)
-    assert other.folder.name != prompts.folder.name
 
 
 def test_generation_equals_greedy_search_by_hand(tiny_model, tokenizer, short):
@@ -177,9 +129,9 @@ def test_ranks_share_the_prompts_and_may_change_in_number(
 ):
     # The first run is one of `before` ranks and finishes only rank 0's share.
     predict(tiny_model, tokenizer, short[:4], tmp_path, rank=0, world_size=before)
-    made = [
-        predict(tiny_model, tokenizer, short, tmp_path, rank=rank, world_size=2) for rank in (0, 1)
-    ]
+    met = {"answered": frozenset(read_journals(tmp_path)), "world_size": 2}
+    made = [predict(tiny_model, tokenizer, short, tmp_path, rank=rank, **met) for rank in (0, 1)]
+    assert abs(made[0] - made[1]) <= 1
     assert comparable(tmp_path) == undisturbed
     assert sum(made) == len(short) - (4 if before == 1 else 2)
 
@@ -189,19 +141,10 @@ def test_stop_when_all_is_found_cannot_change_a_score(tiny_model, tokenizer, sho
     whole = answer(tiny_model, tokenizer, replace(sample, references=["\x00 never said"]))
     said = whole["prediction"].split()[0]
     stopped = answer(tiny_model, tokenizer, replace(sample, references=[said]))
-    assert stopped["stopped"] == "all references found"
+    assert stopped["stopped"] == FOUND
     assert stopped["new_tokens"] < whole["new_tokens"] == 12
     assert whole["prediction"].startswith(stopped["prediction"])
-    assert stopped["score"] == 100.0 and said in whole["prediction"]
-
-
-def test_stop_waits_for_every_reference(tokenizer):
-    prompt = tokenizer("which")["input_ids"]
-    half = torch.tensor([prompt + tokenizer("rain")["input_ids"]])
-    both = torch.tensor([prompt + tokenizer("rain WIND")["input_ids"]])
-    stop = AllFound(tokenizer, ["rain", "wind"], len(prompt))
-    assert not stop(half, None).any()
-    assert stop(both, None).all()
+    assert score_of(stopped) == score_of({**whole, "references": [said]}) == 100.0
 
 
 def test_every_end_token_ends_an_answer(tiny_model, tokenizer, short):
@@ -220,12 +163,6 @@ def test_every_end_token_ends_an_answer(tiny_model, tokenizer, short):
     assert ended["new_tokens"] == 1
 
 
-def test_checkpoint_defaults_do_not_touch_greedy_decoding(tiny_model, tokenizer):
-    config = greedy(tiny_model, tokenizer, 7)
-    assert (config.do_sample, config.num_beams, config.repetition_penalty) == (False, 1, 1.0)
-    assert config.max_new_tokens == 7
-
-
 def test_prompt_of_another_length_is_refused(tiny_model, tokenizer, short):
     with pytest.raises(ValueError, match="prepare the prompts again"):
         answer(tiny_model, tokenizer, replace(short[0], num_tokens=5))
@@ -234,9 +171,8 @@ def test_prompt_of_another_length_is_refused(tiny_model, tokenizer, short):
 def test_progress_tells_the_time_left(tmp_path, tiny_model, tokenizer, short):
     said = []
     predict(tiny_model, tokenizer, short, tmp_path, progress=said.append, every_s=0.0)
-    assert said[-1].startswith(f"{len(short)}/{len(short)} prompts") and said[-1].endswith(
-        "0 s left"
-    )
+    assert f" {len(short)}/{len(short)} prompts, " in said[-1] and said[-1].endswith(" 0 s left")
+    assert [line.split()[0].count("\N{FULL BLOCK}") for line in said] == [3, 6, 10, 13, 16, 20]
 
 
 def test_reader_never_touches_another_rank_s_file(tmp_path):
@@ -271,3 +207,142 @@ def test_line_separators_inside_text_stay_one_record(tmp_path):
         journal.append({"id": "a", "text": text})
     assert read_lines(journal.path) == [{"id": "a", "text": text}]
     assert json.loads(journal.path.read_text(encoding="utf-8").strip("\n"))["text"] == text
+
+
+def test_answers_equal_those_of_transformers_generate(tiny_model, tokenizer, short):
+    for sample in short[:2]:
+        ids = tokenizer(sample.prompt)["input_ids"]
+        given = torch.tensor([ids])
+        theirs = tiny_model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            do_sample=False,
+            max_new_tokens=9,
+            pad_token_id=0,
+        )
+        made = generate(tiny_model, ids, new_tokens=9, ends=end_tokens(tiny_model, tokenizer))
+        assert made.ids == theirs[0, len(ids) :].tolist()
+
+
+def test_logits_are_made_for_the_last_position_only(tiny_model, monkeypatch):
+    shapes = []
+    hook = tiny_model.lm_head.register_forward_hook(
+        lambda module, inputs, output: shapes.append(output.shape[1])
+    )
+    generate(tiny_model, list(range(2, 52)), new_tokens=3, prefill_chunk=20)
+    hook.remove()
+    assert shapes == [1] * 5, "three chunks and two steps"
+
+
+def test_stop_token_ends_an_answer_but_never_begins_it(tiny_model, tokenizer, short):
+    free = answer(tiny_model, tokenizer, replace(short[0], new_tokens=6))
+    first = free["new_ids"][0]
+    sample = replace(short[0], new_tokens=6, stop_ids=[first], benchmark="longbench")
+    held = answer(tiny_model, tokenizer, sample)
+    assert held["new_ids"][0] != first
+    later = next((one for one in held["new_ids"][1:] if one != held["new_ids"][0]), None)
+    assert later is not None, "the tiny model repeats itself: take another prompt"
+    sample = replace(sample, stop_ids=[first, later])
+    ended = answer(tiny_model, tokenizer, sample)
+    assert ended["stopped"] == "end token"
+    assert ended["new_ids"] == held["new_ids"][: held["new_ids"].index(later) + 1]
+
+
+def test_other_benchmarks_are_not_cut_short_by_a_reference(tiny_model, tokenizer, short):
+    sample = replace(short[0], new_tokens=6)
+    said = answer(tiny_model, tokenizer, sample)["prediction"][:2]
+    found = answer(tiny_model, tokenizer, replace(sample, references=[said]))
+    whole = answer(tiny_model, tokenizer, replace(sample, references=[said], benchmark="longbench"))
+    assert (found["stopped"], whole["stopped"]) == (FOUND, "budget")
+
+
+def test_prompt_above_the_window_is_refused_not_cut(tiny_model, tokenizer, short):
+    sample = replace(short[0], new_tokens=2048 - short[0].num_tokens + 1)
+    with pytest.raises(ValueError, match="needs 2049 tokens with its answer, above the model's wi"):
+        answer(tiny_model, tokenizer, sample)
+
+
+def test_longest_prompts_come_first_over_all_ranks(short):
+    shares = [share(short, rank, 2) for rank in (0, 1)]
+    together = [one for pair in zip(*shares, strict=True) for one in pair]
+    assert [one.num_tokens for one in together] == sorted(
+        (one.num_tokens for one in short), reverse=True
+    )
+
+
+def test_ranks_that_met_before_miss_no_prompt_when_one_is_far_ahead(
+    tmp_path, tiny_model, tokenizer, short
+):
+    """Rank 1 starts when rank 0 is done: what rank 0 has answered since must not move its share."""
+    met = {"answered": frozenset(), "world_size": 2}
+    for rank in (0, 1):
+        predict(tiny_model, tokenizer, short, tmp_path, rank=rank, **met)
+    assert read_journals(tmp_path).keys() == {one.id for one in short}
+
+
+def test_folder_of_another_checkpoint_is_refused(tmp_path):
+    identity = {"arm": "converted_sparse", "top_k": 4, "checkpoint": "a" * 64, "precision": "fp32"}
+    claim(tmp_path, identity)
+    claim(tmp_path, identity, write=False)
+    with pytest.raises(
+        ValueError, match="of another checkpoint .aaaaaaaaaaaa…, now bbbbbbbbbbbb…."
+    ):
+        claim(tmp_path, {**identity, "checkpoint": "b" * 64})
+    (tmp_path / "arm.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="is damaged"):
+        claim(tmp_path, identity)
+    (tmp_path / "arm.json").unlink()
+    journal_path(tmp_path, 0, 1).write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="no arm.json that says of which checkpoint"):
+        claim(tmp_path, identity)
+
+
+def test_merged_file_is_sorted_and_has_no_times(tmp_path, tiny_model, tokenizer, short):
+    with pytest.raises(ValueError, match="6 of 6 prompts have no prediction"):
+        merge(tmp_path, short)
+    predict(tiny_model, tokenizer, short, tmp_path)
+    merged = merge(tmp_path, short[:5])
+    assert [one["id"] for one in merged] == sorted(one.id for one in short[:5])
+    assert not set(MEASURED) & set(merged[0]) and "prompt" not in merged[0]
+    assert read_predictions(tmp_path) == {one["id"]: one for one in merged}
+
+
+def test_before_training_and_at_full_budget_all_arms_say_the_same_tokens(
+    tiny_model, converted, tokenizer, short, monkeypatch
+):
+    """A = B; C and D with all blocks = B, through selection: the shortcut to dense attention is off."""
+    monkeypatch.setattr(Dispatch, "runs_dense", lambda *args, **kwargs: False)
+    used = []
+    for name in ("select_blocks", "select_by_mass", "sparse_attention", "sparse_decode"):
+        operation = getattr(ops, name)
+        monkeypatch.setattr(
+            ops,
+            name,
+            lambda *args, name=name, to=operation, **kw: used.append(name) or to(*args, **kw),
+        )
+    blocks = -(-max(one.num_tokens + 8 for one in short) // 16)
+    for sample in (replace(one, new_tokens=8) for one in short):
+        said = {"A": answer(tiny_model, tokenizer, sample)["new_ids"]}
+        for letter, run in (
+            ("B", ArmRun("converted_dense")),
+            ("C", ArmRun("converted_sparse", blocks)),
+            ("D", ArmRun("converted_oracle", blocks)),
+        ):
+            with attending(converted, run):
+                said[letter] = answer(converted, tokenizer, sample, run=run)["new_ids"]
+        assert said["A"] == said["B"] == said["C"] == said["D"]
+    assert set(used) == {"select_blocks", "select_by_mass", "sparse_attention", "sparse_decode"}
+
+
+def test_small_budget_does_change_what_is_said(converted, tokenizer, short):
+    """So that the test above can fail: two blocks of sixteen give other tokens."""
+    said = []
+    for run in (ArmRun("converted_dense"), ArmRun("converted_sparse", 2)):
+        with attending(converted, run):
+            said.append(
+                [
+                    answer(converted, tokenizer, replace(one, new_tokens=8))["new_ids"]
+                    for one in short
+                ]
+            )
+    assert said[0] != said[1]

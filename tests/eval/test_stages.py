@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from dense2sparse.data.loader import heldout_rows
-from dense2sparse.eval import arms, perplexity, run, stages
+from dense2sparse.eval import benchmarks, models, perplexity, run, stages
+from dense2sparse.eval.arms import ArmRun
 from dense2sparse.model import convert
 from dense2sparse.model.execution import Execution, dispatch_of
 from dense2sparse.recipes.load import load as load_recipe
@@ -71,8 +72,8 @@ def no_network(monkeypatch, ruler_like_words, works):
         for family, template in ruler_like_words.templates.items()
     }
     words = replace(ruler_like_words, templates=templates)
-    monkeypatch.setattr(stages, "ruler_words", lambda cache: words)
-    monkeypatch.setattr(stages.corpora, "read", lambda name, which, cache: works)
+    monkeypatch.setattr(benchmarks, "ruler_words", lambda cache: words)
+    monkeypatch.setattr(benchmarks.corpora, "read", lambda name, which, cache: works)
 
 
 @pytest.fixture()
@@ -102,12 +103,12 @@ def stage_of(context, kind):
 def test_execution_options_reach_the_models_and_fp8_results_stand_apart(context, home):
     overrides = ["execution.backend=reference", "execution.index_precision=fp8"]
     ctx = context(recipe=load_recipe(home / "recipe.yaml", overrides))
-    models, sparse = ctx.models(), arms.ArmRun("converted_sparse", 4)
-    held = models.of(sparse)
+    loaded, sparse = ctx.models(), ArmRun("converted_sparse", 4)
+    held = loaded.of(sparse)
     found = {dispatch_of(layer.self_attn).execution for layer in held.model.layers}
     assert found == {Execution(backend="reference", index_precision="fp8")}
     usual = context()
-    assert ctx.keyed(models, sparse, "0" * 12) != usual.keyed(usual.models(), sparse, "0" * 12)
+    assert ctx.keyed(loaded, sparse, "0" * 12) != usual.keyed(usual.models(), sparse, "0" * 12)
 
 
 def test_arms_agree_before_training_and_at_full_budget(context):
@@ -215,8 +216,8 @@ def test_second_run_loads_no_model_and_gives_the_same_result(context, monkeypatc
         "ruler": stages.run_ruler,
     }
     first = {kind: runner(ctx, stage_of(ctx, kind)) for kind, runner in kinds.items()}
-    monkeypatch.setattr(arms, "load", None)
-    monkeypatch.setattr(arms, "load_dense", None)
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(models, "load_dense", None)
     assert first == {kind: runner(ctx, stage_of(ctx, kind)) for kind, runner in kinds.items()}
 
 
@@ -269,13 +270,13 @@ def test_longbench_is_recorded_as_not_measured(context):
 
 
 def test_other_weights_have_another_fingerprint(home, tmp_path, tiny_model):
-    before = arms.checkpoint_fingerprint(home / "dense")
-    assert before == arms.checkpoint_fingerprint(home / "dense")
+    before = models.checkpoint_fingerprint(home / "dense")
+    assert before == models.checkpoint_fingerprint(home / "dense")
     with torch.no_grad():
         tiny_model.model.norm.weight.add_(0.5)
         tiny_model.save_pretrained(tmp_path / "moved")
         tiny_model.model.norm.weight.sub_(0.5)
-    assert arms.checkpoint_fingerprint(tmp_path / "moved") != before
+    assert models.checkpoint_fingerprint(tmp_path / "moved") != before
 
 
 def test_one_small_tensor_that_moved_gives_another_fingerprint(tmp_path):
@@ -288,13 +289,13 @@ def test_one_small_tensor_that_moved_gives_another_fingerprint(tmp_path):
         if place is not None:
             small[f"index.{place:02d}"] += 1e-3
         save_file({**tensors, **small}, tmp_path / "model.safetensors")
-        seen.add(arms.checkpoint_fingerprint(tmp_path))
+        seen.add(models.checkpoint_fingerprint(tmp_path))
     assert len(seen) == 4
 
 
 def test_folder_without_weights_has_no_fingerprint(tmp_path):
     with pytest.raises(ValueError, match="holds no"):
-        arms.checkpoint_fingerprint(tmp_path)
+        models.checkpoint_fingerprint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +309,8 @@ def test_folder_without_weights_has_no_fingerprint(tmp_path):
     ],
 )
 def test_bad_stage_is_refused_before_a_model_is_loaded(context, monkeypatch, kind, change, words):
-    monkeypatch.setattr(arms, "load", None)
-    monkeypatch.setattr(arms, "load_dense", None)
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(models, "load_dense", None)
     ctx = context()
     stage = stage_of(ctx, kind).model_copy(update=change)
     changed = [stage if known.kind == kind else known for known in ctx.recipe.stages]
