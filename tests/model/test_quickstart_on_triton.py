@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dense2sparse.model import convert
-from dense2sparse.model.attention import attention_mode
+from dense2sparse.model.attention import AttentionCall, attention_mode
 from dense2sparse.model.execution import Execution, set_execution
 from dense2sparse.model.source import resolve_checkpoint
 from dense2sparse.recipes import load as recipes
@@ -58,3 +58,41 @@ def test_logits_of_prefill_and_decode_equal_those_of_the_torch_path(model):
         dense = model(prompt).logits
     assert (logits["torch"][:, :-2] - dense).abs().max() > 0.1, "nothing was left out"
     torch.testing.assert_close(logits["triton"], logits["torch"], rtol=1e-4, atol=1e-4)
+
+
+def training_step(model, backend, mode, recompute):
+    """KL of every layer, and every gradient of LM loss and KL, of one row of two documents."""
+    set_execution(model, Execution(backend=backend))
+    model.train(recompute)  # transformers recomputes in training mode only; there is no dropout
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    row = tokens(80)
+    documents = (torch.arange(80) >= 9).int()[None]
+    positions = torch.cat([torch.arange(9), torch.arange(71)])[None]
+    call = AttentionCall(mode, top_k=TOP_K, document_ids=documents, kl_weight=0.5)
+    model.zero_grad()
+    try:
+        logits = model(row, position_ids=positions, msa_call=call, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:]).backward()
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    kl = torch.stack([report.kl for _, report in sorted(call.reports.items())])
+    return kl, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("mode", "recompute"),
+    [("warmup", False), ("sparse", False), ("sparse", True), ("warmup", True)],
+)
+def test_a_training_step_equals_that_of_the_torch_path(model, mode, recompute):
+    kl, grads = training_step(model, "triton", mode, recompute)
+    true_kl, true_grads = training_step(model, "torch", mode, recompute=False)
+    torch.testing.assert_close(kl, true_kl, rtol=1e-4, atol=1e-4)
+    assert kl.numel() == 27 and (kl > 0).all()
+    assert grads.keys() == true_grads.keys() == dict(model.named_parameters()).keys()
+    for name, grad in grads.items():
+        # Relative to the largest entry: gradients of this model span several orders of magnitude.
+        largest = true_grads[name].abs().max()
+        assert largest > 0, name
+        assert (grad - true_grads[name]).abs().max() <= 1e-4 * largest, name
