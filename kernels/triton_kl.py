@@ -10,6 +10,7 @@ Shapes: B batch, H query heads, G groups (= index heads), T = S tokens, L tiles 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -65,21 +66,17 @@ def index_kl(
         deterministic: two calls give the same bits, for a second pass over the teacher where there are
             block ids; full rows always do.
         fraction, seed: full rows only, see full_kl.
-
-    Raises:
-        ValueError: a fraction outside (0, 1], or one with block_ids.
     """
     q, k, lse, starts = q.detach(), k.detach(), lse.detach(), key_starts(document_ids)
     scales = {
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
         "index_scale": index_q.shape[-1] ** -0.5 if index_scale is None else index_scale,
     }
-    if block_ids is not None and fraction != 1.0:
-        raise ValueError(f"fraction={fraction} with block_ids: only full rows are sampled")
+    assert block_ids is None or fraction == 1.0
 
     def kernel(index_q: Tensor, index_k: Tensor, need_grad: bool):
         inputs = (q, k, lse, index_q, index_k)
-        options = {"need_grad": need_grad, **scales}
+        options: dict[str, Any] = {"need_grad": need_grad, **scales}
         if block_ids is None:
             return full_kl(*inputs, starts, fraction=fraction, seed=seed, **options)
         assert block_size is not None
@@ -139,7 +136,7 @@ def full_kl(
     if grad_q is None or grad_k is None:
         return kl, None, None
     if tiles.shape[1] < num_tiles:
-        taken, grad_q = grad_q, torch.zeros_like(grad_q[:, :, :1].expand(-1, -1, num_tiles, -1))
+        taken, grad_q = grad_q, grad_q.new_zeros(batch, groups, num_tiles, grad_q.shape[3])
         grad_q.scatter_(2, tiles.long()[:, None, :, None].expand_as(taken), taken)
     grad_q = grad_q.view(batch, groups, -1, index_width)[:, :, :num_tokens]
     return kl, grad_q * (weight * index_scale), grad_k.mul_(weight * index_scale)
@@ -159,8 +156,7 @@ def taken_tiles(
     num_tiles: int, batch: int, fraction: float, seed: int, device: torch.device
 ) -> Tensor:
     """Tiles of query tokens to compute: (B, M) int32, M = round(fraction * num_tiles), at least 1."""
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction={fraction}: a share of query tiles in (0, 1] is allowed")
+    assert 0.0 < fraction <= 1.0
     num_taken = max(1, round(fraction * num_tiles))
     if num_taken == num_tiles:
         return torch.arange(num_tiles, device=device, dtype=torch.int32).expand(batch, -1)

@@ -16,6 +16,7 @@ tiles of query tokens, M of them taken. Equations: triton_kl_tile.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -62,12 +63,18 @@ def _tile_bounds(
 
 
 @triton.jit
-def _support(starts, batch, query, valid, position, num_tokens, DOCUMENTS: tl.constexpr):
-    """[ROWS, KEYS]: causal, one document, and a row that exists."""
-    support = (position[None, :] <= query[:, None]) & valid[:, None]
+def _support(
+    starts, batch, first_query, first, num_tokens,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, KEYS] from `first_query` and key `first` on: causal, one document, and a row that exists."""
+    slot = tl.arange(0, ROWS)
+    key = first - first_query + tl.arange(0, KEYS)
+    valid = slot < num_tokens - first_query
+    support = (key[None, :] <= slot[:, None]) & valid[:, None]
     if DOCUMENTS:
-        start = tl.load(starts + batch * num_tokens + query)
-        support = support & (position[None, :] >= start[:, None])
+        start = tl.load(starts + batch * num_tokens + first_query + slot, mask=valid, other=0)
+        support = support & (key[None, :] >= (start - first_query)[:, None])
     return support
 
 
@@ -97,15 +104,7 @@ def _student(
     for step in range(begin // KEYS, tl.cdiv(end, KEYS)):
         first = step * KEYS
         index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
-        support = _support(
-            starts,
-            batch,
-            first_query + row,
-            valid,
-            first + tl.arange(0, KEYS),
-            num_tokens,
-            DOCUMENTS,
-        )
+        support = _support(starts, batch, first_query, first, num_tokens, ROWS, KEYS, DOCUMENTS)
         row_max, row_sum = student_step(row_max, row_sum, index_q, index_k, support, scale)
     to = index_lse + plane * num_tokens + first_query + slot
     tl.store(to, student_lse(row_max, row_sum), mask=valid)
@@ -137,8 +136,6 @@ def _difference(
         slot = tl.arange(0, ROWS)
         # A part of a tile may begin past the last token.
         row = tl.minimum(slot, num_tokens - 1 - first_query)
-        valid = first_query + slot < num_tokens
-        position = first + tl.arange(0, KEYS)
         base = first_query.to(tl.int64)
         keys += batch * stride_kb + group * stride_kg
         k = tl.trans(load_keys(keys, first, stride_k, num_tokens, KEYS, WIDTH, WIDTH_P))
@@ -153,12 +150,12 @@ def _difference(
         index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
         log_student = tl.dot(index_q, tl.trans(index_k), input_precision="ieee") * index_scale
         log_student -= tl.load(index_lse + plane * num_tokens + base + row)[:, None]
-        support = _support(starts, batch, first_query + row, valid, position, num_tokens, DOCUMENTS)
+        support = _support(starts, batch, first_query, first, num_tokens, ROWS, KEYS, DOCUMENTS)
         divergence, difference = divergence_and_difference(teacher, log_student, support)
         total = tl.sum(divergence)
         if GRAD:
             to = scratch + plane * stride_sp + (tl.program_id(1) * ROWS).to(tl.int64) * stride_st
-            to += slot[:, None] * stride_st + position[None, :]
+            to += slot[:, None] * stride_st + (first + tl.arange(0, KEYS))[None, :]
             tl.store(to, difference.to(scratch.dtype.element_ty))
     programs = tl.num_programs(0)
     at = (plane * tl.num_programs(1) + tl.program_id(1)) * programs + tl.program_id(0)
@@ -241,11 +238,13 @@ def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaun
     if dtype == torch.float32:
         small = Launch(rows=32, keys=32, num_warps=4, num_stages=1)
         return FullLaunch(tile=32, student=small, difference=small, gradient=small)
+    # Of queries and keys of one head, `keys` decides how much is read for a product.
+    stages = 2 if padded_width(width) <= 128 else 1
     return FullLaunch(
         tile=128,
-        student=Launch(rows=128, keys=64, num_warps=8, num_stages=3),
-        difference=Launch(rows=64, keys=128, num_warps=4, num_stages=2),
-        gradient=Launch(rows=64, keys=64, num_warps=8, num_stages=3),
+        student=Launch(rows=128, keys=64, num_warps=8, num_stages=2),
+        difference=Launch(rows=64, keys=128, num_warps=8, num_stages=stages),
+        gradient=Launch(rows=64, keys=64, num_warps=8, num_stages=2),
     )
 
 
@@ -268,7 +267,7 @@ class FullRows:
         """Sum of the KL in log2 units; dq_idx (B, G, M, tile * D_idx) and dk_idx (B, 1, S, D_idx)."""
         batch, groups, num_tokens, index_width = self.index_q.shape
         launch, num_taken = self.launch, self.tiles.shape[1]
-        new = {"dtype": torch.float32, "device": self.q.device}
+        new: dict[str, Any] = {"dtype": torch.float32, "device": self.q.device}
         index_lse = self._student_lse(index_scale)
         # Rows of the scratch hold whole key tiles of every kernel, so that none needs a mask.
         step = max(launch.difference.keys, launch.gradient.keys)

@@ -81,9 +81,8 @@ def teacher_tile(
 @triton.jit
 def divergence_and_difference(teacher, log_student, support):
     """KL in log2 units [ROWS], and p - t [ROWS, KEYS] float32; log_student in log2 units."""
-    # `where` before every product: outside the support a value may be anything, and 0 * inf is no number.
+    # Outside the support the teacher may be infinite and the student's exponential too, log_student never.
     teacher = tl.where(support, teacher, 0.0)
     log_teacher = tl.math.log2(tl.where(teacher > 0.0, teacher, 1.0))  # t log t is 0 at t = 0
-    gap = tl.where(support, log_teacher - log_student, 0.0)
-    student = tl.where(support, tl.math.exp2(log_student), 0.0)
-    return tl.sum(teacher * gap, axis=1), student - teacher
+    divergence = tl.sum(teacher * (log_teacher - log_student), axis=1)
+    return divergence, tl.where(support, tl.math.exp2(log_student), 0.0) - teacher

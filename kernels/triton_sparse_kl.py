@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +36,7 @@ from .triton_kl_tile import (
     teacher_tile,
 )
 from .triton_lists import QueryLists, find_chunk, query_lists
-from .triton_support import Launch, padded_width
+from .triton_support import Launch, padded_width, target_arch
 from .triton_unions import Unions, tile_unions
 
 LOG2_E = math.log2(math.e)
@@ -185,16 +186,16 @@ def _key_tile(
         acc = tl.zeros([KEYS, INDEX_P], tl.float32)
         for step in range(0, size, ROWS):
             row = step + tl.arange(0, ROWS)
-            # Past the end of the list its last query is read again, for an empty support. 64 bits:
-            # neighbours in a list may lie a whole row apart.
-            query = tl.load(lists + begin + tl.minimum(row, size - 1)).to(tl.int64)
+            # Past the end of the list its last query is read again, for an empty support.
+            query = tl.load(lists + begin + tl.minimum(row, size - 1))
+            far = query.to(tl.int64)  # neighbours in a list may lie a whole row apart
             teacher = teacher_tile(
                 k, queries + batch * stride_qb, lse + batch * groups * repeats * num_tokens,
-                query, group * repeats, repeats, stride_qh, stride_qt, num_tokens, scale,
+                far, group * repeats, repeats, stride_qh, stride_qt, num_tokens, scale,
                 WIDTH, WIDTH_P,
             )  # fmt: skip
             from_queries = index_queries + batch * stride_iqb + group * stride_iqg
-            index_q = load_rows(from_queries, query, stride_iqt, INDEX, INDEX_P)
+            index_q = load_rows(from_queries, far, stride_iqt, INDEX, INDEX_P)
             log_student = tl.dot(index_q, tl.trans(index_k), input_precision="ieee") * index_scale
             log_student -= tl.load(index_lse + plane * num_tokens + query)[:, None]
             support = ((first + lane)[None, :] <= query[:, None]) & (row < size)[:, None]
@@ -205,9 +206,12 @@ def _key_tile(
                 acc = tl.dot(tl.trans(difference), index_q, acc, input_precision="ieee")
             if ATOMIC:
                 added = tl.dot(difference, index_k, input_precision="ieee")  # [ROWS, INDEX_P]
-                at = grad_q + (plane * num_tokens + query)[:, None] * INDEX + channel[None, :]
-                mask = (row < size)[:, None] & (channel < INDEX)[None, :]
-                tl.atomic_add(at, added, mask=mask, sem="relaxed")
+                at = grad_q + (plane * num_tokens + far)[:, None] * INDEX + channel[None, :]
+                # Rows past the end of the list add 0 to its last query.
+                if INDEX == INDEX_P:
+                    tl.atomic_add(at, added, sem="relaxed")
+                else:
+                    tl.atomic_add(at, added, mask=(channel < INDEX)[None, :], sem="relaxed")
         if GRAD:
             wide = (channel < INDEX)[None, :]
             if num_chunks == 1:
@@ -259,10 +263,13 @@ def default_launch(
     if dtype == torch.float32:
         small = Launch(rows=16, keys=32, num_warps=4, num_stages=1)
         return SparseLaunch(student=small, key_tile=small, query_tile=small)
+    wide = max(padded_width(width), padded_width(index_width)) > 128
+    # Hopper's products take 64 rows, for which older devices have not the registers.
+    rows = 32 if target_arch() < 90 else 64
     return SparseLaunch(
-        student=Launch(rows=64, keys=64, num_warps=4, num_stages=3),
-        key_tile=Launch(rows=64, keys=64, num_warps=8, num_stages=2),
-        query_tile=Launch(rows=64, keys=32, num_warps=8, num_stages=2),
+        student=Launch(rows=64, keys=64, num_warps=4, num_stages=2),
+        key_tile=Launch(rows=rows, keys=32 if wide else 64, num_warps=8, num_stages=2),
+        query_tile=Launch(rows=64, keys=32 if wide else 64, num_warps=8, num_stages=2),
     )
 
 
@@ -373,7 +380,7 @@ class _SelectedBlocks:
         """Sum of the KL in log2 units; dq_idx if `atomic`, dk_idx if `grad`: float32, not scaled."""
         batch, groups, num_tokens, index_width = self.index_q.shape
         sizes = self._sizes(self.launch.key_tile, main=True)
-        new = {"dtype": torch.float32, "device": self.q.device}
+        new: dict[str, Any] = {"dtype": torch.float32, "device": self.q.device}
         programs = lists.programs * (self.block_size // sizes["KEYS"])
         divergences = torch.empty(programs, **new)
         # Tokens that selected nothing, and blocks that nobody selected, are not written.
