@@ -24,6 +24,7 @@ from typing import Any
 
 from .longbench_prompts import BENCHMARK, Builder, LongbenchSample
 from .longbench_records import Records, RecordsMissing, fetch, read
+from .longbench_score import not_scorable
 from .longbench_tasks import V2, base, chosen
 from .longbench_templates import templates
 from .records import read_lines, to_lines, write_json, write_text
@@ -46,6 +47,8 @@ class Prepared:
 
     folder: Path
     digest: str
+    """Of all that decides a prompt beside its record. With an id, which has the record's checksum, it says
+    what the prompt was: sets that share samples share predictions."""
     samples: list[LongbenchSample]
     missing: list[dict[str, str]]
     sources: dict[str, dict[str, Any]]
@@ -69,6 +72,8 @@ def prepare(
 ) -> Prepared:
     """Make a prompt set under `folder`, or find it there.
 
+    Tasks whose records cannot be had, or that cannot be scored here, are left out and named in `missing`.
+
     Args:
         suites: of `v1`, `e`, `v2`; `tasks` narrows v1 and e to these base names.
         records: local folder (see longbench_records.py); None asks the hub.
@@ -84,21 +89,22 @@ def prepare(
     names = chosen(suites, tasks)
     limit = check_max_length(max_length, window)
     use_chat = check_chat(tokenizer, chat)
-    found, missing = _records(names, records, cache_dir, progress)
-    identity = {
+    missing = not_scorable(names)
+    left_out = {entry["task"] for entry in missing}
+    readable = [name for name in names if name not in left_out]
+    found, absent = _records(readable, records, cache_dir, progress)
+    missing += absent
+    key = {
         "benchmark": BENCHMARK,
         "code": _code_digest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "records": {one.task: one.sha256 for one in found},
         "max_length": limit,
-        "samples": samples,
-        "seed": seed,
         "chat": use_chat,
     }
-    digest = _digest(identity)
-    home = folder / f"longbench-{digest[:12]}"
+    taken = {"records": {one.task: one.sha256 for one in found}, "samples": samples, "seed": seed}
+    home = folder / f"longbench-{_digest([key, taken])[:12]}"
     if not (home / "manifest.json").is_file():
-        _make(home, found, tokenizer, identity, cache_dir, progress)
+        _make(home, found, tokenizer, {"digest": _digest(key), **key, **taken}, cache_dir, progress)
     prepared = load(home, tokenizer)
     check_window(prepared.samples, window)
     return replace(prepared, missing=missing)
@@ -129,8 +135,7 @@ def load(home: Path, tokenizer: Any) -> Prepared:
             )
         made += [LongbenchSample.from_record(record) for record in read_lines(home / name)]
     made.sort(key=lambda one: one.id)
-    identity = {key: value for key, value in manifest.items() if key not in ("sources", "files")}
-    return Prepared(home, _digest(identity), made, [], manifest["sources"])
+    return Prepared(home, manifest["digest"], made, [], manifest["sources"])
 
 
 def pick(records: Records, samples: int | None, seed: int) -> list[int]:
@@ -247,8 +252,8 @@ def _template_of(task: str) -> str:
     return V2 if task == V2 else base(task)
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _code_digest() -> str:

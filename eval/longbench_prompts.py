@@ -6,6 +6,8 @@ template, which six tasks never get. How many tokens were cut stands in the samp
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from .longbench_templates import Template
 
 BENCHMARK = "longbench"
 _BATCH_LETTERS = 4_000_000
+_THOUGHT_BEGINS = "<think>"
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,12 @@ class LongbenchSample:
     """One stored prompt; `generate.Prompt` with what scoring and tables need."""
 
     id: str
+    """Task, place in the records' file, and the record's checksum."""
     task: str
     """Full name: `qasper`, `qasper_e`, `v2`."""
     length: int
     """Prompt tokens allowed before the chat template, the same for all samples of a run."""
     index: int
-    """Place in the records' file."""
     prompt: str
     num_tokens: int
     new_tokens: int
@@ -87,17 +90,19 @@ class Builder:
         self, places: Sequence[int], records: Sequence[dict[str, Any]]
     ) -> list[LongbenchSample]:
         prompts = [self.template.fill(record) for record in records]
-        read = self.tokenizer(prompts)["input_ids"]
+        read = self.tokenizer(prompts, verbose=False)["input_ids"]
         joined = self.task == V2
         cuts = [
             truncate(self.tokenizer, prompt, ids, self.max_length, joined=joined)
             for prompt, ids in zip(prompts, read, strict=True)
         ]
         prompts = [in_chat(self.tokenizer, text) if self.chat else text for text, _ in cuts]
-        final = self.tokenizer(prompts, add_special_tokens=not self.chat)["input_ids"]
+        final = self.tokenizer(prompts, add_special_tokens=not self.chat, verbose=False)[
+            "input_ids"
+        ]
         return [
             LongbenchSample(
-                id=f"{self.task}/{places[i]:05d}",
+                id=f"{self.task}/{places[i]:05d}-{_checksum(records[i])}",
                 task=self.task,
                 length=self.max_length,
                 index=places[i],
@@ -140,15 +145,21 @@ def references(task: str, record: dict[str, Any]) -> list[str]:
 
 
 def in_chat(tokenizer: Any, prompt: str) -> str:
-    """The prompt as the only turn of a user, the assistant's turn opened.
+    """The prompt as the only turn of a user, the assistant's turn opened, thinking off.
 
-    Models that can think aloud are told not to: answers of 32 tokens leave no room for it. Templates
-    without that switch ignore it.
+    Raises:
+        ValueError: the template opens a thought all the same: answers of 32 tokens leave no room for it.
     """
     turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
+    opened = tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
+    if opened.rstrip().endswith(_THOUGHT_BEGINS):
+        raise ValueError(
+            "the chat template opens a thought even with enable_thinking=False, and LongBench's answers "
+            "have no room for one: set longbench.chat=false"
+        )
+    return opened
 
 
 def facts(task: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -162,3 +173,9 @@ def facts(task: str, record: dict[str, Any]) -> dict[str, Any]:
     if suite_of(task) == "e":
         known["bucket"] = bucket(record["length"])
     return known
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """First 8 hex digits of the sha256 of a record's content."""
+    content = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

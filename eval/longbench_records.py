@@ -98,7 +98,6 @@ def fetch(task: str, cache_dir: str | Path, say: Callable[[str], None] = lambda 
     folder = Path(cache_dir) / "longbench" / version
     if (folder / name).is_file():
         return folder
-    import httpx
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
@@ -106,9 +105,11 @@ def fetch(task: str, cache_dir: str | Path, say: Callable[[str], None] = lambda 
         revision = HfApi().dataset_info(repository, timeout=_TIMEOUT_S).sha
         say(f"longbench: fetching {name} of {repository} at {revision}")
         hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_dir=folder)
-    except (OSError, httpx.HTTPError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise RecordsMissing(f"the hub cannot be reached ({said[0]}): {command(task)}") from error
+    except Exception as error:  # each version of the hub client has its own network errors
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecordsMissing(
+            f"the hub cannot be reached ({said[:160]}): {command(task)}"
+        ) from error
     return folder
 
 

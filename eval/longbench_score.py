@@ -69,7 +69,7 @@ def not_scorable(tasks: Iterable[str]) -> list[dict[str, str]]:
     """[{"task", "reason"}] of the tasks whose metric lacks something here; told before they are run."""
     if metrics.chinese_is_scorable():
         return []
-    reason = f"not scorable: needs Chinese words, pip install {metrics.JIEBA}"
+    reason = f"not measured: scored over Chinese words, `pip install {metrics.JIEBA}`"
     return [{"task": task, "reason": reason} for task in tasks if needs_jieba(task)]
 
 

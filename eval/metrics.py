@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import re
 import string
 from collections import Counter
@@ -154,6 +155,7 @@ def chinese_words() -> Callable[[str], list[str]]:
         )
     import jieba  # type: ignore[import-untyped,unused-ignore]
 
+    jieba.setLogLevel(logging.WARNING)  # it tells how long its dictionary takes
     return jieba.lcut
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -27,9 +27,54 @@ RulerTask = Literal[
     "vt",
     "cwe",
     "fwe",
+    "qa_1",
+    "qa_2",
 ]
 RULER_TASKS: tuple[str, ...] = get_args(RulerTask)
 """What `eval/ruler_tasks.py` knows; a test compares them."""
+RULER_PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {"lengths": [1024, 2048], "samples": 5},
+    "quick": {"lengths": [4096, 16384, 32768], "samples": 50},
+    "paper": {"lengths": [4096, 8192, 16384, 32768, 65536, 131072], "samples": 500},
+}
+"""Lengths and samples that go together; `paper` is what published scores are made of."""
+
+
+LongbenchTask = Literal[
+    "narrativeqa",
+    "qasper",
+    "multifieldqa_en",
+    "multifieldqa_zh",
+    "hotpotqa",
+    "2wikimqa",
+    "musique",
+    "dureader",
+    "gov_report",
+    "qmsum",
+    "multi_news",
+    "vcsum",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "lsht",
+    "passage_count",
+    "passage_retrieval_en",
+    "passage_retrieval_zh",
+    "lcc",
+    "repobench-p",
+]
+LONGBENCH_TASKS: tuple[str, ...] = get_args(LongbenchTask)
+NOT_IN_LONGBENCH_E = (
+    "narrativeqa",
+    "multifieldqa_zh",
+    "musique",
+    "dureader",
+    "qmsum",
+    "vcsum",
+    "lsht",
+    "passage_retrieval_zh",
+)
+"""What `eval/longbench_tasks.py` knows; a test compares them."""
 
 
 class Schedule(Section):
@@ -149,25 +194,86 @@ class RulerStage(Section):
 
     kind: Literal["ruler"]
     tasks: list[RulerTask] = Field(default_factory=list)
-    """Task names; default every task of the first form (eval/ruler.py)."""
-    lengths: list[Annotated[int, Field(ge=512)]] = Field([4096], min_length=1)
-    """Prompt plus generation lengths in tokens."""
+    """Task names; default all 13, of which `ruler-pd` has no qa_1 and qa_2."""
+    preset: Literal["smoke", "quick", "paper"] | None = None
+    """Lengths and samples in one word (RULER_PRESETS); `lengths` and `samples` go before it."""
+    lengths: list[Annotated[int, Field(ge=512, le=1 << 20)]] = Field([4096], min_length=1)
+    """Prompt plus generation lengths in tokens, chat template included."""
     samples: int = Field(50, ge=1)
     """Prompts per task and length."""
     top_k: list[int] = Field(default_factory=list)
     """Budgets of the sparse and oracle arms; default sparsity.top_k."""
     arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
     """Arms to measure."""
-    corpus: Literal["ruler-pd"] = "ruler-pd"
-    """Haystack text; `ruler-pd` is public-domain text and not comparable with published scores."""
+    corpus: Literal["ruler-pd", "nvidia"] = "ruler-pd"
+    """Text of the prompts: public-domain, not comparable with published scores; or the benchmark's own."""
+    parity: Literal["native", "nvidia"] = "native"
+    """`nvidia`: prompts are NVIDIA's to the byte, which needs `corpus: nvidia`; `native`: own seeds."""
+    mode: Literal["auto", "base", "chat", "reasoning"] = "auto"
+    """What stands around a question (eval/ruler_prompt.py); auto: chat where there is a chat template."""
+    reasoning_tokens: int | None = Field(None, ge=1)
+    """Tokens that `mode: reasoning` may generate, inside the length; default an eighth of it."""
     seed: int = Field(42, ge=0)
     """Seed of the prompts."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset")
+        return {**RULER_PRESETS.get(preset, {}), **given} if isinstance(preset, str) else given
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RulerStage:
+        if self.parity == "nvidia" and self.corpus != "nvidia":
+            raise ValueError(f"parity=nvidia needs `corpus: nvidia`, not corpus={self.corpus}")
+        asked = [task for task in self.tasks if task in ("qa_1", "qa_2")]
+        if self.corpus != "nvidia" and asked:
+            raise ValueError(
+                f"`tasks` names {asked[0]}, whose questions are in `corpus: nvidia` only: set it, or leave "
+                "the task out"
+            )
+        if self.reasoning_tokens is not None and self.mode != "reasoning":
+            raise ValueError(f"`reasoning_tokens` has no effect with mode={self.mode}: remove it")
+        return self
+
 
 class LongbenchStage(Section):
-    """LongBench; its place in the pipeline. This version records it as not measured."""
+    """LongBench (version 1, E, version 2) on stored prompts, the same ones in every arm.
+
+    Tasks whose records cannot be had, or whose metric lacks a package, are reported as not measured.
+    """
 
     kind: Literal["longbench"]
+    suites: list[Literal["v1", "e", "v2"]] = Field(["v1"], min_length=1)
+    """`v1`: 21 tasks; `e`: LongBench-E, 13 tasks by length; `v2`: 503 four-choice questions."""
+    tasks: list[LongbenchTask] = Field(default_factory=list)
+    """Tasks of v1 and e, without `_e`; default all of them."""
+    folder: str | None = None
+    """Folder with the data set's files (<task>.jsonl, data/, data.zip, data.json); default the hub."""
+    max_length: int | None = Field(None, ge=256)
+    """Longer prompts lose their middle, before the chat template; default the model's window less 1024
+    (v2: at most 120000)."""
+    samples: int | None = Field(None, ge=1)
+    """At most this many records per task, drawn by `seed`; default all, as published scores need."""
+    chat: bool | None = None
+    """Chat template on the tasks that the reference gives one; default where the tokenizer has one."""
+    top_k: list[int] = Field(default_factory=list)
+    """Budgets of the sparse and oracle arms; default sparsity.top_k."""
+    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
+    """Arms to measure."""
+    seed: int = Field(42, ge=0)
+    """Seed of the draw where `samples` is set."""
+
+    @model_validator(mode="after")
+    def _tasks_in_suites(self) -> LongbenchStage:
+        for task in self.tasks:
+            if "v1" not in self.suites and ("e" not in self.suites or task in NOT_IN_LONGBENCH_E):
+                raise ValueError(
+                    f"`tasks` names {task}, which is in none of suites={self.suites}: add v1"
+                )
+        return self
 
 
 class ReportStage(Section):
