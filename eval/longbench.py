@@ -147,7 +147,7 @@ def pick(records: Records, samples: int | None, seed: int) -> list[int]:
 
 
 def check_max_length(max_length: int | None, window: int | None) -> int:
-    """The truncation length: given, or the window less `ROOM`.
+    """The truncation length: given, or the window less `ROOM`, of a small window half.
 
     Raises:
         ValueError: no window to derive it from, or more than the window holds.
@@ -157,16 +157,11 @@ def check_max_length(max_length: int | None, window: int | None) -> int:
             raise ValueError(
                 "longbench.max_length is not set and the model's config names no window: set it"
             )
-        if window <= 2 * ROOM:
-            raise ValueError(
-                f"longbench.max_length is not set and the model's window of {window} tokens is too small "
-                f"for the default of the window less {ROOM}: set it"
-            )
-        return window - ROOM
+        return window - min(ROOM, window // 2)
     if window is not None and max_length >= window:
         raise ValueError(
             f"longbench.max_length={max_length} is not below the model's window of {window} tokens: use "
-            f"at most {window - ROOM}, which leaves room for the answer"
+            f"at most {window - min(ROOM, window // 2)}, which leaves room for the answer"
         )
     return max_length
 
