@@ -1,4 +1,7 @@
-"""Intervals and tests against known values and against simulation."""
+"""Intervals and tests against known values and against simulation.
+
+`python tests/eval/test_statistics.py` prints the coverage table of docs/statistics.md.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import numpy as np
 import pytest
 
 from dense2sparse.eval.statistics import (
+    Interval,
+    changed_p,
     holm,
     mcnemar,
     paired_bootstrap,
     paired_ratio,
     unseen_share,
+    verdict,
     wilson,
 )
 
@@ -56,21 +62,91 @@ def test_bootstrap_repeats_itself():
     assert paired_bootstrap(values) == paired_bootstrap(values)
 
 
-@pytest.mark.parametrize("truth", [0.0, 0.01, 0.05])
-def test_bootstrap_interval_covers_a_known_loss_at_its_nominal_rate(truth: float):
-    random = np.random.default_rng(7)
-    repeats, covered = 200, 0
+def simulated(
+    random: np.random.Generator, lost: float, *, tasks: int, samples: int, right: float = 0.9
+) -> dict[str, np.ndarray]:
+    """Paired differences (points) of two arms whose means differ by `lost` points in expectation.
+
+    The first arm is right with probability `right`; training or selection then breaks some right answers
+    and mends 20 % of the wrong ones.
+    """
+    mended = 0.2 * (1 - right)
+    broken = mended + lost / 100
+    draws = random.random((tasks, samples))
+    gaps = np.where(draws < broken, 100.0, np.where(draws < broken + mended, -100.0, 0.0))
+    return {str(task): row for task, row in enumerate(gaps)}
+
+
+def misses(
+    lost: float, *, tasks: int, samples: int, repeats: int, seed: int = 7
+) -> tuple[float, float, float]:
+    """Shares of repeats whose interval lies below the truth, above it; and that are called non-inferior
+    at a margin of exactly the truth."""
+    random = np.random.default_rng(seed)
+    below = above = passed = 0
     for _ in range(repeats):
-        strata = {}
-        for task in range(5):
-            # 10 % of the prompts change; `truth` is the mean loss.
-            share_lost = 0.05 + truth / 2
-            draws = random.random(100)
-            strata[str(task)] = np.where(draws < share_lost, 1.0, np.where(draws < 0.1, -1.0, 0.0))
-        interval = paired_bootstrap(strata, draws=1000, seed=1)
-        covered += interval.low <= truth <= interval.high
-    # Three standard errors of a 95 % rate in 200 repeats are 4.6 %.
-    assert covered / repeats == pytest.approx(0.95, abs=0.05)
+        gaps = simulated(random, lost, tasks=tasks, samples=samples)
+        interval = paired_bootstrap(gaps, draws=1000, seed=int(random.integers(1 << 30)))
+        below += interval.high < lost
+        above += interval.low > lost
+        if lost:
+            passed += verdict(interval, lost, pairs=tasks * samples) == "non-inferior"
+    return below / repeats, above / repeats, passed / repeats
+
+
+@pytest.mark.parametrize("lost", [0.0, 1.0, 5.0])
+def test_interval_covers_a_known_loss_at_its_nominal_rate(lost: float):
+    """13 tasks of 50 prompts. With 1,000 repeats a rate of 2.5 % has a standard error of 0.5 %, one of
+    95 % of 0.7 %; four of them are allowed."""
+    below, above, passed = misses(lost, tasks=13, samples=50, repeats=1000)
+    assert below + above == pytest.approx(0.05, abs=0.028)
+    assert max(below, above) <= 0.025 + 0.02
+    assert passed <= 0.025 + 0.02, "a loss of the whole margin was called non-inferior too often"
+
+
+def test_too_narrow_an_interval_would_be_noticed():
+    """So that the test above can fail: an 80 % interval in its place."""
+    random = np.random.default_rng(7)
+    covered = 0
+    for _ in range(300):
+        gaps = simulated(random, 1.0, tasks=13, samples=50)
+        interval = paired_bootstrap(gaps, draws=1000, confidence=0.8)
+        covered += interval.low <= 1.0 <= interval.high
+    assert abs(covered / 300 - 0.95) > 0.028
+
+
+def test_few_prompts_without_a_change_show_no_non_inferiority():
+    """Where nothing changed the bootstrap has no width; what it cannot have seen decides."""
+    nothing = paired_bootstrap({"a": [0.0] * 5, "b": [0.0] * 5})
+    assert (nothing.low, nothing.high) == (0.0, 0.0)
+    assert verdict(nothing, 1.0, pairs=10) == "undecided"
+    assert verdict(nothing, 1.0, pairs=367) == "undecided"  # 1 - 0.025 ** (1/n) is 1 % at 367.04
+    assert verdict(nothing, 1.0, pairs=368) == "non-inferior"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-0.5, 0.9, "non-inferior"),
+        (-0.5, 1.0, "undecided"),
+        (0.2, 3.0, "undecided"),
+        (1.1, 3.0, "inferior"),
+    ],
+)
+def test_verdict_is_about_the_interval_and_the_margin(low: float, high: float, said: str):
+    interval = Interval((low + high) / 2, low, high, 10_000)
+    assert verdict(interval, 1.0, pairs=10_000) == said
+    with pytest.raises(ValueError, match="margin=0"):
+        verdict(interval, 0, pairs=10_000)
+
+
+def test_sign_test_is_mcnemar_where_answers_are_right_or_wrong():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        first, second = random.random((2, 30)) < [[0.8], [0.6]]
+        gaps = 100.0 * first - 100.0 * second
+        assert changed_p(list(gaps)) == pytest.approx(mcnemar(list(first), list(second)))
+    assert changed_p([30.0, 70.0, 10.0, 0.0]) == pytest.approx(2 / 2**3)
 
 
 def test_ratio_weighs_rows_by_their_tokens():
@@ -96,3 +172,20 @@ def test_pairs_of_unequal_length_are_refused():
         mcnemar([True], [True, False])
     with pytest.raises(ValueError, match="as many"):
         paired_ratio([1.0], [1.0, 2.0])
+
+
+def coverage_table(repeats: int = 2000) -> str:
+    """Markdown: how often the interval misses a known loss, by size of the benchmark."""
+    lines = ["| tasks x prompts | loss | below | above | covered |", "|---|---|---|---|---|"]
+    for tasks, samples in ((1, 20), (1, 100), (3, 8), (13, 5), (13, 50), (13, 500)):
+        for lost in (0.0, 1.0, 5.0):
+            below, above, _ = misses(lost, tasks=tasks, samples=samples, repeats=repeats)
+            covered = 1 - below - above
+            lines.append(
+                f"| {tasks} x {samples} | {lost:g} | {below:.1%} | {above:.1%} | {covered:.1%} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(coverage_table())
