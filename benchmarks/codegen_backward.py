@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
 from dense2sparse.kernels import triton_attend_backward
 
 

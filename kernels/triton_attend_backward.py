@@ -4,10 +4,10 @@
     dv = p^T dout      ds = p * (dout v^T - delta)      dq = scale * ds k      dk = scale * ds^T q
 
 over the visible tokens of the selected blocks (derivative of reference.sparse_attention). Keys and values
-come from triton_attend_dkv.py, which walks the queries of each block. The queries' gradient is either added
-there by atomics (five matrix products a pair in all, sums in no fixed order) or made by a second pass over the
-forward's unions (triton_attend_dq.py; seven products, three of them over the union; two runs give the same
-bits).
+come from triton_attend_dkv.py, which walks the queries of each block. The queries' gradient is either
+added there by atomics (five matrix products a pair in all, sums in no fixed order) or made by a second pass
+over the forward's unions (triton_attend_dq.py; seven products, three of them over the union; two runs give
+the same bits).
 
 Shapes: B batch, H query heads, G groups, R = H / G, T queries, S keys, D head width, K selected blocks.
 """

@@ -1,16 +1,18 @@
 """Sparse attention, gradients of keys and values: a program owns a block of keys and walks its queries.
 
-    dv = p^T dout,   ds = p * (dout v^T - delta),   dk = scale * ds^T q        (p, delta: triton_attend_backward)
+    dv = p^T dout,  ds = p * (dout v^T - delta),  dk = scale * ds^T q     (p, delta: triton_attend_backward)
 
-The queries of a block come from triton_lists.py, at most a chunk of them a program. Heads are the outer loop:
-a step gathers rows of one head, whose channels lie together, and any number of heads a group will do. A block
-of one chunk is written by its program; the others leave float32 sums that a second kernel adds in the order
-of the chunks. So two runs give the same bits, without atomics.
+The queries of a block come from triton_lists.py, at most a chunk of them a program. Heads are the outer
+loop: a step gathers rows of one head, whose channels lie together, and any number of heads a group will do.
+A block of one chunk is written by its program; the others leave float32 sums that a second kernel adds in
+the order of the chunks. So two runs give the same bits, without atomics.
 
 Scores are made transposed, [keys, queries]: as left operands of the two products that follow they stay in
-registers. Those are full (two sums of [keys, channels] live through the loop), hence three things below that
-look odd: one loop over heads and steps together, products that start from -lse and -delta instead of taking
-them off later, and tables read a second time after the loop.
+registers. Those are full (two sums of [keys, channels] live through the loop), hence four things below that
+look odd: one loop over heads and steps together, products that start from -lse and -delta instead of
+taking them off later, queries read twice in a step, and tables read a second time after the loop. A step's
+queries are read one step early, for the gathers that follow from them are copied ahead of the products only
+if their addresses wait for no load of the same step.
 
 With ATOMIC the same pass also adds dq = scale * ds k to a float32 buffer, in no fixed order.
 
@@ -34,6 +36,17 @@ MERGED_KEYS = 16
 
 
 @triton.jit
+def _rows(start, offset, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr):
+    """[ROWS, WIDTH_P] from [ROWS] offsets."""
+    channel = tl.arange(0, WIDTH_P)[None, :]
+    at = start + offset[:, None] + channel
+    if WIDTH == WIDTH_P:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=channel < WIDTH, other=0.0)
+
+
+@triton.jit
 def _walk(
     key_grad, value_grad, k, v, key,
     queries, grads, lse, delta, grad_queries, list_, size,
@@ -45,33 +58,24 @@ def _walk(
     """A list in every head of the group, ROWS queries of one head a step."""
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.arange(0, ROWS)
-    channel = tl.arange(0, WIDTH_P)[None, :]
     tiles = tl.cdiv(size, ROWS)
-    steps = tiles * repeats
+    # Rows past the end of the list repeat its last, so that loads need no mask.
     query = tl.load(list_ + tl.minimum(row, size - 1))
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in tl.range(0, tiles * repeats, num_stages=STAGES):
         head = (step // tiles).to(tl.int64)
         inside = (step % tiles) * ROWS + row < size
         # 64 bits a row: neighbours in a list may lie a whole row apart.
         far = query.to(tl.int64)
-        at_q = queries + (head * stride_qh + far * stride_qt)[:, None] + channel
-        at_grad = grads + (head * stride_gh + far * stride_gt)[:, None] + channel
-        if WIDTH == WIDTH_P:
-            q = tl.load(at_q)
-        else:
-            q = tl.load(at_q, mask=channel < WIDTH, other=0.0)
+        q = _rows(queries, head * stride_qh + far * stride_qt, WIDTH, WIDTH_P)
         # An absent row's weights are exp2(0 - inf).
         row_lse = tl.load(lse + head * num_queries + query, mask=inside, other=float("inf")) / scale
-        # Not `query`, which would have to stay in registers until here.
+        # `query` once more: the copies run ahead, and it would stay in registers until here.
         again = tl.load(list_ + tl.minimum((step % tiles) * ROWS + row, size - 1))
         seen = key[:, None] <= (again + query_offset)[None, :]
         scores = tl.where(seen, -row_lse[None, :], float("-inf"))
         scores = tl.dot(k, tl.trans(q), scores, input_precision="ieee")  # [KEYS, ROWS]
         weights = tl.math.exp2(scores * (scale * LOG2E))
-        if WIDTH == WIDTH_P:
-            grad = tl.load(at_grad)
-        else:
-            grad = tl.load(at_grad, mask=channel < WIDTH, other=0.0)
+        grad = _rows(grads, head * stride_gh + far * stride_gt, WIDTH, WIDTH_P)
         value_grad = tl.dot(weights.to(grad.dtype), grad, value_grad, input_precision="ieee")
         row_delta = tl.load(delta + head * num_queries + query)
         slope = tl.zeros([key.shape[0], ROWS], tl.float32) - row_delta[None, :]
@@ -79,16 +83,12 @@ def _walk(
         slope = (weights * slope).to(q.dtype)
         key_grad = tl.dot(slope, q, key_grad, input_precision="ieee")
         if ATOMIC:
-            present = (step % tiles) * ROWS + row < size
             query_grad = tl.dot(tl.trans(slope), k, input_precision="ieee") * scale
-            into = (
-                grad_queries
-                + (head * stride_dh + again.to(tl.int64) * stride_dt)[:, None]
-                + channel
-            )
-            tl.atomic_add(
-                into, query_grad, mask=present[:, None] & (channel < WIDTH), sem="relaxed"
-            )
+            channel = tl.arange(0, WIDTH_P)[None, :]
+            into = head * stride_dh + again.to(tl.int64) * stride_dt
+            present = (step % tiles) * ROWS + row < size
+            mask = present[:, None] & (channel < WIDTH)
+            tl.atomic_add(grad_queries + into[:, None] + channel, query_grad, mask, sem="relaxed")
         following = ((step + 1) % tiles) * ROWS + row
         query = tl.load(list_ + tl.minimum(following, size - 1))
     return key_grad, value_grad

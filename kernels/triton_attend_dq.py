@@ -1,6 +1,6 @@
 """Sparse attention, gradient of the queries: a tile of queries reads the union of its blocks again.
 
-    dq = scale * ds k,   ds = p * (dout v^T - delta),   p = exp(q k^T * scale - lse),   delta = sum(dout * out)
+    dq = scale * ds k,  ds = p * (dout v^T - delta),  p = exp(q k^T * scale - lse),  delta = sum(dout * out)
 
 The same tiles and unions as in triton_attend.py; p comes from the saved log-sum-exp, so no running maximum.
 Everything stays in registers: no atomics, two runs give the same bits.
@@ -143,6 +143,7 @@ def _query_gradients(
         first_keys, members, past, end, bit, position, num_keys, scale * LOG2E,
         WIDTH, WIDTH_P, BLOCK, KEYS, True, WIDTH == WIDTH_P,
     )  # fmt: skip
+    # Rows once more from an opaque 0: carried through the loops their addresses would take registers.
     tile += tl.minimum(tl.load(counts + entry, volatile=True), 0)
     row = tl.arange(0, ROWS)
     query = tile * TOKENS + row // REPEATS

@@ -1,16 +1,16 @@
-"""For every key block the ascending list of the queries that selected it, cut into chunks of bounded length.
+"""For every key block the ascending list of the queries that selected it, cut into chunks of bounded size.
 
 The backward passes that own key blocks (triton_attend_dkv.py, the sparse KL) walk these lists. A list is as
-long as its block is popular: on average K * block tokens whatever the length, but the first block of a row is
-selected by nearly everybody. So lists are cut into chunks, and a chunk, not a block, is one program's work.
+long as its block is popular: on average K * block tokens whatever the length, but the first block of a row
+is selected by nearly everybody. So lists are cut into chunks; a chunk, not a block, is a program's work.
 
-Blocks are told apart by a slot. Without documents it is the number of the block; with documents blocks start
-wherever a document does, and the slot is the block's first key: one slot a key, of which few are used. That
-costs 16 bytes a key and group (the four tables below) and saves the numbering of blocks and the way back
-from a number to a place. Empty slots never become a program: the table of chunks skips them.
+Blocks are told apart by a slot. Without documents it is the number of the block; with documents blocks
+start wherever a document does, and the slot is the block's first key: one slot a key, of which few are
+used. That costs 16 bytes a key and group (the four tables below) and saves the numbering of blocks and the
+way back from a number to a place. Empty slots never become a program: the table of chunks skips them.
 
-A stable sort of the edges (slot, query) makes the lists: the same bits every time, and nothing waits for the
-device. Every size below follows from shapes, so some entries of the tables are unused at the end.
+A stable sort of the edges (slot, query) makes the lists: the same bits every time, and nothing waits for
+the device. Every size below follows from shapes, so some entries of the tables are unused at the end.
 
 Shapes: B batch, G groups, P = B * G planes, T queries, S keys, K selected blocks, C slots, N chunks.
 """
@@ -68,7 +68,7 @@ class QueryLists:
 def find_chunk(
     owners, firsts, offsets, item, num_slots, edges, chunk, AGAIN: tl.constexpr = False
 ):  # fmt: skip
-    """Of chunk `item`: owner, plane, slot, begin and size in `queries`, its number in its list, chunks there.
+    """Of chunk `item`: owner, plane, slot, begin and size in `queries`, its number in its list of how many.
 
     AGAIN: read the tables, even if the compiler knows that they were read before.
     """
