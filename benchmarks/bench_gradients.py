@@ -21,8 +21,9 @@ from bench_checks import Verdict, sampled_rows, selected_tokens
 from bench_data import Inputs
 from torch import Tensor
 
-MOST_QUERIES = 32768
-"""Keys that more queries see are left out of the KL's check: each query's whole row is needed there."""
+MOST_QUERIES = {False: 20_000, True: 40_000}
+"""Keys that more queries see are left out of the KL's check, which needs each query's whole support: full
+rows, and (True) selected blocks."""
 CHUNK = 512
 """Query rows whose index scores exist at once."""
 VALUE_TOKENS = 4096
@@ -238,7 +239,7 @@ def _index_key_gradient(
     """dk_idx (D_idx,) without its factor, of plain torch and in float64; None: too many queries."""
     shape = inputs.shape
     queries = [_seeing(inputs, left.block_ids, batch, g, key) for g in range(shape.groups)]
-    if max(len(rows) for rows in queries) > MOST_QUERIES:
+    if max(len(rows) for rows in queries) > MOST_QUERIES[left.block_ids is not None]:
         return None
     sums = [torch.zeros(shape.index_width, dtype=torch.float64, device=inputs.q.device)] * 2
     for group, rows in enumerate(queries):

@@ -22,6 +22,7 @@ from bench_table import Implementation, Operation
 from bench_timing import Bench, Ceilings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_model import MODES
 
 from dense2sparse.kernels import reference
 from dense2sparse.kernels.break_even import read
@@ -92,11 +93,22 @@ def test_one_command_runs_to_its_end_on_a_cpu(tmp_path):
     assert {one["operation"] for one in ours} == wanted
     assert not any(one["failed"] for one in ours)
     xml.etree.ElementTree.parse(tmp_path / "kernels.svg")
+    steps = json.loads((tmp_path / "step.json").read_text())
+    assert [one["mode"] for one in steps["results"]] == list(MODES)
+    assert not any(one["failed"] or "tokens_per_s" in one for one in steps["results"])
+    assert all(one["gpu_hours"] is None for one in steps["projected"])
 
 
 def test_benchmark_needs_none_of_the_training_packages():
-    blocked = ("deepspeed", "wandb", "datasets", "pytest", "hypothesis", "transformers", "pydantic")
-    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport bench_profile, bench_sweep"
+    blocked = ("deepspeed", "wandb", "datasets", "pytest", "hypothesis", "pydantic")
+    code = (
+        "import sys\n"
+        f"for name in {blocked}: sys.modules[name] = None\n"
+        "sys.modules['transformers'] = None\n"
+        "import bench_profile, bench_sweep\n"
+        "del sys.modules['transformers']\n"
+        "import step_run, step_projection"
+    )
     paths = os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],
