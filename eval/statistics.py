@@ -1,8 +1,9 @@
 """Intervals and tests for paired comparisons; numpy only. docs/statistics.md says how to read them.
 
 Every comparison is paired: the same prompts or rows in both arms. Tasks are strata, so a mean over tasks is
-resampled within each task. With few samples a bootstrap of differences that are all zero has no width;
-`unseen_share` says what such a result can still hide, and `verdict` does not go below it.
+resampled within each task. A plain bootstrap of few pairs, none of which changed, has no width at all, so
+one loss and one gain that were not seen take part; `unseen_share` says what such a result can still hide,
+and `verdict` does not go below it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Interval:
 def paired_bootstrap(
     differences: Mapping[str, ArrayLike],
     *,
+    unseen: float = 100.0,
     draws: int = DRAWS,
     confidence: float = 0.95,
     seed: int = 0,
@@ -43,6 +45,9 @@ def paired_bootstrap(
 
     Args:
         differences: per stratum (task) the paired differences of its samples.
+        unseen: size of the one loss and the one gain that are added to what is drawn from, shared between
+            the strata (Bonett and Price 2012 add them to a paired table); the estimate stays as it is.
+            0 is the plain bootstrap.
 
     Raises:
         ValueError: no stratum, or an empty one.
@@ -53,7 +58,7 @@ def paired_bootstrap(
     random = np.random.default_rng(seed)
     means = np.zeros(draws)
     for values in strata:
-        means += _resampled_means(values, draws, random)
+        means += _resampled_means(values, draws, random, unseen, 1 / len(strata))
     low, high = _percentiles(means / len(strata), confidence)
     estimate = float(np.mean([values.mean() for values in strata]))
     return Interval(estimate, low, high, sum(map(len, strata)), confidence)
@@ -158,11 +163,21 @@ def unseen_share(samples: int, *, confidence: float = 0.95) -> float:
 
 
 def _resampled_means(
-    values: NDArray[np.float64], draws: int, random: np.random.Generator
+    values: NDArray[np.float64],
+    draws: int,
+    random: np.random.Generator,
+    unseen: float,
+    weight: float,
 ) -> NDArray[np.float64]:
-    """(draws,) means of bootstrap samples; a distinct-value count makes it quick for 0/1 scores."""
+    """(draws,) means of bootstrap samples; a distinct-value count makes it quick for 0/1 scores.
+
+    `weight` of a sample is given to each of +unseen and -unseen.
+    """
     kinds, counts = np.unique(values, return_counts=True)
-    picked = random.multinomial(len(values), counts / len(values), size=draws)
+    if unseen:
+        kinds = np.concatenate([kinds, [unseen, -unseen]])
+        counts = np.concatenate([counts, [weight, weight]])
+    picked = random.multinomial(len(values), counts / counts.sum(), size=draws)
     return picked @ kinds / len(values)
 
 
