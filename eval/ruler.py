@@ -1,35 +1,60 @@
-"""RULER prompts on public-domain text: sized to fill a length, with the tokens of every needle, and scored.
+"""RULER prompts: all 13 tasks at any length, as NVIDIA makes them or made faster, and scored alike.
 
-A sample is a pure function of (task, length, seed, index, tokenizer, corpus). Its prompt is as long as
-fits, so that prompt + generation <= length. The score is RULER's: the share of references that occur in
-the output, whatever the case. `LABEL` goes wherever a score goes.
+    Generator(corpus, tokenizer).samples(task, length, seed, count)
+
+`parity: nvidia` repeats NVIDIA's generator draw by draw and gives its bytes; `parity: native` has the same
+tasks, each sample a function of (task, length, seed, index, tokenizer, corpus) alone. Either way
+prompt + generation <= length. Every sample says where its needles stand, in tokens. `label` goes wherever a
+score goes. Parts: ruler_tasks (what is hidden), ruler_sizing (how long), ruler_prompt (templates, tokens),
+ruler_corpus (texts), ruler_score. Called by `prepare.py`; `check_*` by the stages before anything else.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import random
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .ruler_tasks import TASKS, Draft, Haystack, Material
-from .sources import RulerWords
+from .ruler_corpus import NVIDIA, PUBLIC_DOMAIN, QUESTION_FILES, Corpus
+from .ruler_material import DoesNotFit, Draft, Haystack, Material
+from .ruler_prompt import Prompter, encode, generation_tokens, tokenizer_fingerprint
+from .ruler_score import hits, score
+from .ruler_sizing import NativeSizing, published_drafts, too_long
+from .ruler_tasks import TASKS
+
+__all__ = [
+    "LABEL",
+    "MIN_LENGTH",
+    "PARITIES",
+    "TASKS",
+    "DoesNotFit",
+    "Generator",
+    "Sample",
+    "check_corpus",
+    "check_lengths",
+    "check_tasks",
+    "encode",
+    "hits",
+    "label_of",
+    "score",
+    "tokenizer_fingerprint",
+]
 
 LABEL = "ruler-pd, not comparable with published scores"
 MIN_LENGTH = 512
-_CONTROL = re.compile(r"[\x00-\x1f]")
-_FINGERPRINT_TEXT = (
-    "The quick brown fox, 1234567 of them; naïve café — VAR QXZ = 98765.\n\n  Twice?"
-)
+PARITIES = ("native", "nvidia")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One stored prompt. `needle_spans` are [first, last + 1) token places in the prompt."""
+    """One stored prompt.
+
+    `spans` are the tokens [first, last) of the needles that the answer rests on, in the prompt's ids;
+    `decoys` those of needles that are not asked for. cwe and fwe have neither.
+    `metric`: `all` or `part` (ruler_score). `mode`: base, chat or reasoning (ruler_prompt).
+    """
 
     id: str
     task: str
@@ -39,8 +64,11 @@ class Sample:
     num_tokens: int
     new_tokens: int
     references: list[str]
-    needle_spans: list[list[int]]
+    spans: list[list[int]]
     chat: bool
+    metric: str = "all"
+    mode: str = "base"
+    decoys: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Sample:
@@ -50,10 +78,6 @@ class Sample:
     def record(self) -> dict[str, Any]:
         """As stored."""
         return asdict(self)
-
-
-class DoesNotFit(ValueError):
-    """The smallest form of a task is longer than the length; the task is left out with this reason."""
 
 
 def check_tasks(names: Iterable[str]) -> list[str]:
@@ -86,147 +110,105 @@ def check_lengths(lengths: Sequence[int], window: int | None) -> None:
             )
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of what decides a prompt's tokens: vocabulary, chat template, special ids, a probe text."""
-    content = [
-        sorted(tokenizer.get_vocab().items()),
-        getattr(tokenizer, "chat_template", None),
-        [tokenizer.bos_token_id, tokenizer.eos_token_id],
-        tokenizer(_FINGERPRINT_TEXT)["input_ids"],
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def check_corpus(named: Iterable[str], corpus: str, parity: str) -> None:
+    """Refuse what a corpus cannot give. `named`: the tasks that were asked for by name.
+
+    Raises:
+        ValueError: a question task without questions, or NVIDIA's prompts without NVIDIA's data.
+    """
+    if parity not in PARITIES:
+        raise ValueError(f"parity={parity!r} is not known: use {' or '.join(PARITIES)}")
+    if parity == NVIDIA and corpus != NVIDIA:
+        raise ValueError(
+            f"parity={NVIDIA} needs the data that NVIDIA uses, not corpus={corpus}: set `corpus: {NVIDIA}`"
+        )
+    asked = [task for task in named if task in QUESTION_FILES]
+    if corpus == PUBLIC_DOMAIN and asked:
+        raise ValueError(
+            f"ruler task {asked[0]} has its questions in corpus {NVIDIA} only: set `corpus: {NVIDIA}`, "
+            "or leave the task out"
+        )
+
+
+def label_of(corpus: str, parity: str) -> str:
+    """What to write beside a score."""
+    if corpus == PUBLIC_DOMAIN:
+        return LABEL
+    made = "prompts as NVIDIA makes them" if parity == NVIDIA else "own sizing and seeds"
+    return f"RULER on NVIDIA's data, {made}"
 
 
 class Generator:
-    """Makes the samples of one corpus and tokenizer."""
+    """Makes the samples of one corpus, tokenizer and mode."""
 
-    def __init__(self, words: RulerWords, works: dict[str, str], tokenizer: Any) -> None:
-        """`works`: text by name. ValueError for a tokenizer without character offsets."""
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(
-                "RULER prompts need a fast tokenizer (tokenizer.json), which knows where each token stands "
-                "in the text: save the checkpoint with one"
-            )
-        self.words = words
-        self.tokenizer = tokenizer
-        self.chat = bool(getattr(tokenizer, "chat_template", None))
-        self._material = Material(words, Haystack(works), lambda text: len(self._encode(text)))
-
-    def sample(self, task: str, length: int, seed: int, index: int) -> Sample:
-        """The index-th sample of a task.
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Any,
+        *,
+        mode: str = "auto",
+        parity: str = "native",
+        reasoning_tokens: int | None = None,
+    ) -> None:
+        """See `ruler_prompt` for modes; `reasoning_tokens` replaces an eighth of the length.
 
         Raises:
-            DoesNotFit: not even the smallest form fits; the message names both sizes.
+            ValueError: a tokenizer without character offsets or without the template that `mode` needs, a
+                haystack of fewer than 1,000 words, or a corpus that lacks what `parity` needs.
         """
+        check_corpus((), corpus.name, parity)
+        self._corpus, self._parity = corpus, parity
+        self._reasoning_tokens = reasoning_tokens
+        self._prompter = Prompter(tokenizer, mode, strip_prefix=parity != NVIDIA)
+        punkt = corpus.punkt if parity == NVIDIA else None
+        haystack = Haystack(corpus.works, punkt)
+        self._material = Material(corpus, haystack, self._prompter.count)
+        self._sizing = NativeSizing(self._material, self._prompter.tokens)
+
+    def samples(
+        self, task: str, length: int, seed: int, count: int, first: int = 0
+    ) -> Iterator[Sample]:
+        """Samples with index first to count - 1 of a task; `parity: nvidia` makes those before, too.
+
+        Raises:
+            DoesNotFit: not even the smallest form fits, or the corpus lacks what the task needs.
+        """
+        lacking = self._corpus.lacks(task)
+        if lacking:
+            raise DoesNotFit(lacking)
         family = TASKS[task]
-        new_tokens = self.words.templates[family.family].new_tokens
-
-        def prompt_of(size: int) -> tuple[str, Draft]:
-            rng = random.Random(f"{task}/{length}/{seed}/{index}")
-            draft = family.draft(rng, size, length, self._material)
-            return self._prompt(draft), draft
-
-        def cost(size: int) -> int:
-            return len(self._encode(prompt_of(size)[0])) + new_tokens
-
-        size = largest(cost, length, family.min_size)
-        if size is None:
-            raise DoesNotFit(
-                f"{task} needs {cost(family.min_size)} tokens in its smallest form, {length} are given"
+        published = self._corpus.words.templates[family.family].new_tokens
+        new_tokens = generation_tokens(
+            published, length, self._prompter.mode, self._reasoning_tokens
+        )
+        if new_tokens >= length:
+            raise too_long(task, new_tokens, length)
+        drafts: Iterator[Draft]
+        if self._parity == NVIDIA:
+            made = published_drafts(
+                task, length, seed, self._material, self._prompter.tokens, new_tokens
             )
-        prompt, draft = prompt_of(size)
-        spans = self._spans(prompt, draft.needles)
-        return Sample(
-            id=f"{task}/{length}/{index:05d}",
-            task=task,
-            length=length,
-            index=index,
-            prompt=prompt,
-            num_tokens=len(self._encode(prompt)),
-            new_tokens=new_tokens,
-            references=list(draft.references),
-            needle_spans=spans,
-            chat=self.chat,
-        )
-
-    def _prompt(self, draft: Draft) -> str:
-        if not self.chat:
-            return draft.question + draft.answer_prefix
-        turns = [{"role": "user", "content": draft.question}]
-        opened = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        return opened + draft.answer_prefix.lstrip()
-
-    def _encode(self, prompt: str) -> list[int]:
-        return encode(self.tokenizer, prompt, chat=self.chat)
-
-    def _spans(self, prompt: str, needles: Sequence[str]) -> list[list[int]]:
-        encoded = self.tokenizer(
-            prompt, add_special_tokens=not self.chat, return_offsets_mapping=True
-        )
-        spans = []
-        for needle in needles:
-            first = prompt.index(needle)
-            last = first + len(needle)
-            assert prompt.find(needle, first + 1) < 0, "a needle occurs twice"
-            inside = [
-                place
-                for place, (start, end) in enumerate(encoded["offset_mapping"])
-                if start < last and end > first and end > start
-            ]
-            spans.append([inside[0], inside[-1] + 1])
-        return spans
-
-
-def encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
-    """Token ids of a stored prompt; a chat template brings its own special tokens."""
-    return tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
-
-
-def largest(cost: Callable[[int], int], limit: int, low: int, high: int = 1 << 24) -> int | None:
-    """Largest size with cost(size) <= limit, for a cost that grows with size; None if `low` is too much.
-
-    Guesses by slope between known ends, halves in turn: some six evaluations where bisection takes twenty.
-    """
-    low_cost = cost(low)
-    if low_cost > limit:
-        return None
-    probe = max(2 * low, low + 8)
-    while probe < high:
-        probe_cost = cost(probe)
-        if probe_cost > limit:
-            high, high_cost = probe, probe_cost
-            break
-        slope = max((probe_cost - low_cost) / (probe - low), 1e-3)
-        low, low_cost = probe, probe_cost
-        probe = min(low + max(8, int(1.05 * (limit - low_cost) / slope)), 64 * low)
-    else:
-        return low
-    halve = False
-    while high - low > 1:
-        share = 0.5 if halve else (limit - low_cost) / max(1, high_cost - low_cost)
-        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
-        middle_cost = cost(middle)
-        if middle_cost <= limit:
-            low, low_cost = middle, middle_cost
+            drafts = itertools.islice(made, first, count)
         else:
-            high, high_cost = middle, middle_cost
-        halve = not halve
-    return low
-
-
-def clean(text: str) -> str:
-    """A prediction as RULER scores it: control characters are line ends, the ends are stripped."""
-    return _CONTROL.sub("\n", text.strip()).strip()
-
-
-def hits(text: str, references: Sequence[str]) -> list[bool]:
-    """Which references occur in the output, whatever the case."""
-    lowered = clean(text).lower()
-    return [reference.lower() in lowered for reference in references]
-
-
-def score(found: Sequence[bool]) -> float:
-    """RULER's score of one sample, 0 to 100: the mean over its references."""
-    return 100.0 * sum(found) / len(found)
+            drafts = (
+                self._sizing.draft(task, length, seed, index, new_tokens)
+                for index in range(first, count)
+            )
+        for index, draft in enumerate(drafts, start=first):
+            placed = self._prompter.placed(draft)
+            assert placed.num_tokens + new_tokens <= length, "a prompt exceeds its length"
+            yield Sample(
+                id=f"{task}/{length}/{index:05d}",
+                task=task,
+                length=length,
+                index=index,
+                prompt=placed.prompt,
+                num_tokens=placed.num_tokens,
+                new_tokens=new_tokens,
+                references=list(draft.references),
+                spans=placed.spans,
+                chat=self._prompter.mode != "base",
+                metric=family.metric,
+                mode=self._prompter.mode,
+                decoys=placed.decoys,
+            )

