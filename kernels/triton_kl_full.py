@@ -236,8 +236,13 @@ def _key_gradient(
 def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaunch:
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
     if dtype == torch.float32:
-        small = Launch(rows=32, keys=32, num_warps=4, num_stages=1)
-        return FullLaunch(tile=32, student=small, difference=small, gradient=small)
+        small = Launch(rows=32, keys=16, num_warps=4, num_stages=1)
+        return FullLaunch(
+            tile=32,
+            student=small,
+            difference=Launch(rows=32, keys=32, num_warps=4, num_stages=1),
+            gradient=Launch(rows=16, keys=16, num_warps=8, num_stages=1),
+        )
     # Of queries and keys of one head, `keys` decides how much is read for a product.
     stages = 2 if padded_width(width) <= 128 else 1
     return FullLaunch(

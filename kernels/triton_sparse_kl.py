@@ -3,11 +3,11 @@
 The support of a row is the visible tokens of its selected blocks, for teacher and student alike; the lse is
 that of sparse attention over the same blocks.
 
-    _student       a tile of queries and the union of its blocks (triton_unions.py), index scores only: the
-                   student's log-sum-exp, made anew rather than carried from the selection
-    _key_tile      a block of keys and the queries that selected it (triton_lists.py): teacher, KL, dk_idx
-                   in registers, and dq_idx by float32 atomics
-    _query_tile    dq_idx in registers over the union, for `deterministic=True`: makes the teacher again
+    student_kernel  a tile of queries and the union of its blocks (triton_unions.py), index scores only: the
+                    student's log-sum-exp, made anew rather than carried from the selection
+    _key_tile       a block of keys and the queries that selected it (triton_lists.py): teacher, KL, dk_idx
+                    in registers, and dq_idx by float32 atomics
+    query_kernel    dq_idx in registers over the union, for `deterministic=True`: makes the teacher again
 
 Block by block the arithmetic is that of the selection, no more; over unions it is theirs, a small multiple
 (triton_unions.mean_union). So the heads' scores, the bulk of the work, are made block by block.
@@ -19,7 +19,7 @@ selected blocks, M partial sums. Equations: triton_kl_tile.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,14 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_kl_tile import (
-    divergence_and_difference,
-    load_keys,
-    load_rows,
-    student_lse,
-    student_step,
-    teacher_tile,
-)
+from .triton_kl_tile import divergence_and_difference, load_keys, load_rows, teacher_tile
+from .triton_kl_union import query_kernel, student_kernel
 from .triton_lists import QueryLists, find_chunk, query_lists
 from .triton_support import Launch, padded_width, target_arch
 from .triton_unions import Unions, tile_unions
@@ -52,96 +46,6 @@ class SparseLaunch:
     key_tile: Launch
     query_tile: Launch
     """`rows` is that of `student`: one union serves both."""
-
-
-@triton.jit
-def _union_step(
-    first_keys, members, step, slot, query, valid, BLOCK: tl.constexpr, KEYS: tl.constexpr
-):
-    """First key of step `step` of a union, and which pairs of it count, [ROWS, KEYS]."""
-    PARTS: tl.constexpr = BLOCK // KEYS
-    first = tl.load(first_keys + step // PARTS) + (step % PARTS) * KEYS
-    mask = tl.load(members + step // PARTS)
-    chosen = (((mask >> slot.to(tl.int64)) & 1) != 0) & valid
-    return first, chosen[:, None] & ((first + tl.arange(0, KEYS))[None, :] <= query[:, None])
-
-
-@triton.jit
-def _student(
-    index_queries, index_keys, index_lse, first_keys, members, counts,
-    stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik,
-    groups, num_tokens, union_len, scale,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-):  # fmt: skip
-    first_query = tl.program_id(0) * ROWS
-    plane = tl.program_id(1).to(tl.int64)
-    batch, group = plane // groups, plane % groups
-    slot = tl.arange(0, ROWS)
-    # Rows past the end are read as the last row, and never stored.
-    row = tl.minimum(slot, num_tokens - 1 - first_query)
-    valid = first_query + slot < num_tokens
-    index_queries += batch * stride_iqb + group * stride_iqg + first_query.to(tl.int64) * stride_iqt
-    index_q = load_rows(index_queries, row, stride_iqt, INDEX, INDEX_P)
-    index_keys += batch * stride_ikb
-    entry = plane * tl.num_programs(0) + tl.program_id(0)
-    first_keys += entry * union_len
-    members += entry * union_len
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    for step in range(0, tl.load(counts + entry) * (BLOCK // KEYS)):
-        first, support = _union_step(
-            first_keys, members, step, slot, first_query + row, valid, BLOCK, KEYS
-        )
-        index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
-        row_max, row_sum = student_step(row_max, row_sum, index_q, index_k, support, scale)
-    to = index_lse + plane * num_tokens + first_query + slot
-    tl.store(to, student_lse(row_max, row_sum), mask=valid)
-
-
-@triton.jit
-def _query_tile(
-    queries, keys, lse, index_queries, index_keys, index_lse, first_keys, members, counts, grad_q,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,
-    stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik,
-    groups, num_tokens, union_len, repeats, scale, index_scale,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-):  # fmt: skip
-    first_query = tl.program_id(0) * ROWS
-    plane = tl.program_id(1).to(tl.int64)
-    batch, group = plane // groups, plane % groups
-    slot = tl.arange(0, ROWS)
-    row = tl.minimum(slot, num_tokens - 1 - first_query)
-    valid = first_query + slot < num_tokens
-    base = first_query.to(tl.int64)
-    queries += batch * stride_qb + base * stride_qt
-    keys += batch * stride_kb + group * stride_kg
-    lse += batch * groups * repeats * num_tokens + base
-    index_queries += batch * stride_iqb + group * stride_iqg + base * stride_iqt
-    index_q = load_rows(index_queries, row, stride_iqt, INDEX, INDEX_P)
-    index_keys += batch * stride_ikb
-    student = tl.load(index_lse + plane * num_tokens + base + row)
-    entry = plane * tl.num_programs(0) + tl.program_id(0)
-    first_keys += entry * union_len
-    members += entry * union_len
-    acc = tl.zeros([ROWS, INDEX_P], tl.float32)
-    for step in range(0, tl.load(counts + entry) * (BLOCK // KEYS)):
-        first, support = _union_step(
-            first_keys, members, step, slot, first_query + row, valid, BLOCK, KEYS
-        )
-        k = tl.trans(load_keys(keys, first, stride_k, num_tokens, KEYS, WIDTH, WIDTH_P))
-        teacher = teacher_tile(
-            k, queries, lse, row, group * repeats, repeats, stride_qh, stride_qt, num_tokens, scale,
-            WIDTH, WIDTH_P,
-        )  # fmt: skip
-        index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
-        log_student = tl.dot(index_q, tl.trans(index_k), input_precision="ieee") * index_scale
-        _, difference = divergence_and_difference(teacher, log_student - student[:, None], support)
-        acc = tl.dot(difference.to(index_k.dtype), index_k, acc, input_precision="ieee")
-    channel = tl.arange(0, INDEX_P)
-    at = grad_q + (plane * num_tokens + base) * INDEX + (slot[:, None] * INDEX + channel[None, :])
-    tl.store(at, acc, mask=valid[:, None] & (channel < INDEX)[None, :])
 
 
 @triton.jit
@@ -261,8 +165,8 @@ def default_launch(
 ) -> SparseLaunch:
     """Tile sizes that compile without spills (benchmarks/codegen.py); `rows` are query tokens."""
     if dtype == torch.float32:
-        small = Launch(rows=16, keys=32, num_warps=4, num_stages=1)
-        return SparseLaunch(student=small, key_tile=small, query_tile=small)
+        small = Launch(rows=16, keys=16, num_warps=8, num_stages=1)
+        return SparseLaunch(student=small, key_tile=replace(small, keys=32), query_tile=small)
     wide = max(padded_width(width), padded_width(index_width)) > 128
     # Hopper's products take 64 rows, for which older devices have not the registers.
     rows = 32 if target_arch() < 90 else 64
@@ -367,7 +271,7 @@ class _SelectedBlocks:
         index_lse = torch.empty(
             batch, groups, num_tokens, dtype=torch.float32, device=self.q.device
         )
-        _student[(unions.counts.shape[2], batch * groups)](
+        student_kernel[(unions.counts.shape[2], batch * groups)](
             self.index_q, self.index_k, index_lse, unions.first_keys, unions.members, unions.counts,
             *self._index_strides(), groups, num_tokens, unions.first_keys.shape[3], self.index_scale,
             **self._sizes(self.launch.student, main=False),
@@ -414,7 +318,7 @@ class _SelectedBlocks:
         """dq_idx (B, G, T, D_idx) float32, not scaled."""
         batch, groups, num_tokens, _ = self.index_q.shape
         grad_q = torch.empty(self.index_q.shape, dtype=torch.float32, device=self.q.device)
-        _query_tile[(unions.counts.shape[2], batch * groups)](
+        query_kernel[(unions.counts.shape[2], batch * groups)](
             self.q, self.k, self.lse, self.index_q, self.index_k, index_lse,
             unions.first_keys, unions.members, unions.counts, grad_q,
             *self.q.stride()[:3], *self.k.stride()[:3], *self._index_strides(),
