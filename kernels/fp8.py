@@ -1,8 +1,8 @@
 """Index queries and keys in fp8 (e4m3), for ranking blocks with half the bytes and twice the arithmetic.
 
 Each query row and each key block is divided by a power of two that brings it into e4m3's range. A row's
-factor cannot change its ranking and is dropped; a block's factor is positive, so it may be applied after the
-block maximum. Powers of two make both exact: all that is lost is the rounding to 3 bits of mantissa.
+factor cannot change its ranking and is dropped; a block's factor is positive, so it may be applied after
+the block maximum. Powers of two make both exact: all that is lost is the rounding to 3 bits of mantissa.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     out[i] = softmax over j in support(i) of (q_i . k_j * scale) . v_j         (arXiv 2606.13392, eq. 7)
 
-Rows of a tile are floor(rows / R) neighbouring tokens times the R query heads of one group, so any R fills a
-tile. Each block of the union (triton_unions.py) is read once, its keys and values in one piece; a bit a token
-says who selected it. No partial results, no atomics: two runs give the same bits.
+Rows of a tile are floor(rows / R) neighbouring tokens times the R query heads of one group, so any R
+fills a tile. Each block of the union (triton_unions.py) is read once, its keys and values in one piece; a
+bit a token says who selected it. No partial results, no atomics: two runs give the same bits.
 
 Shapes: B batch, H query heads, G groups, R = H / G, T queries, S keys, D head width, K selected blocks.
 """

@@ -15,7 +15,7 @@ tiles of query tokens, M of them taken. Equations: triton_kl_tile.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from .triton_kl_tile import (
     student_step,
     teacher_tile,
 )
-from .triton_support import Launch, padded_width
+from .triton_support import Launch, float32_launch, interpreting, padded_width
 
 SCRATCH_BYTES = 512 << 20
 """Size that the scratch aims at; one tile of all groups is the least."""
@@ -235,6 +235,9 @@ def _key_gradient(
 
 def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaunch:
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
+    if dtype == torch.float32 and interpreting():
+        large = replace(float32_launch(), rows=32)
+        return FullLaunch(tile=large.rows, student=large, difference=large, gradient=large)
     if dtype == torch.float32:
         small = Launch(rows=32, keys=16, num_warps=4, num_stages=1)
         return FullLaunch(

@@ -135,15 +135,16 @@ def _select(
             inside = valid & (start == begin)
             last = tl.max(tl.where(inside, current, 0))
             best_scores, best_ids = _rank_document(
-                q, best_scores, best_ids, keys, scales, stride_ks, begin.to(tl.int64), last, inside, current,
-                local_blocks, init_blocks, WIDTH, WIDTH_P, BLOCK, KEYS, SCALED,
+                q, best_scores, best_ids, keys, scales, stride_ks, begin.to(tl.int64), last, inside,
+                current, local_blocks, init_blocks, WIDTH, WIDTH_P, BLOCK, KEYS, SCALED,
             )  # fmt: skip
             first = tl.min(tl.where(valid & (start > begin), position, num_keys))
     else:
         current = position // BLOCK
         last = tl.max(tl.where(valid, current, 0))
+        begin = tl.full([], 0, tl.int64)
         best_scores, best_ids = _rank_document(
-            q, best_scores, best_ids, keys, scales, stride_ks, tl.full([], 0, tl.int64), last, valid, current,
+            q, best_scores, best_ids, keys, scales, stride_ks, begin, last, valid, current,
             local_blocks, init_blocks, WIDTH, WIDTH_P, BLOCK, KEYS, SCALED,
         )  # fmt: skip
     unused = 2147483647 - SLOTS

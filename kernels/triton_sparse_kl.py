@@ -30,7 +30,7 @@ from torch import Tensor
 from .triton_kl_tile import divergence_and_difference, load_keys, load_rows, teacher_tile
 from .triton_kl_union import query_kernel, student_kernel
 from .triton_lists import QueryLists, find_chunk, query_lists
-from .triton_support import Launch, padded_width, target_arch
+from .triton_support import Launch, float32_launch, interpreting, padded_width, target_arch
 from .triton_unions import Unions, tile_unions
 
 LOG2_E = math.log2(math.e)
@@ -164,6 +164,9 @@ def default_launch(
     width: int, index_width: int, block_size: int, dtype: torch.dtype
 ) -> SparseLaunch:
     """Tile sizes that compile without spills (benchmarks/codegen.py); `rows` are query tokens."""
+    if dtype == torch.float32 and interpreting():
+        large = replace(float32_launch(), keys=min(float32_launch().keys, block_size))
+        return SparseLaunch(student=large, key_tile=large, query_tile=large)
     if dtype == torch.float32:
         small = Launch(rows=16, keys=16, num_warps=8, num_stages=1)
         return SparseLaunch(student=small, key_tile=replace(small, keys=32), query_tile=small)
