@@ -1,15 +1,19 @@
-"""Loss of held-out rows in an arm: one record a row, so that arms are compared row by row.
+"""Loss of held-out rows in an arm: one record a row, so that arms are compared row by row and by position.
 
 Each document of a row is run alone, so every arm sees exactly the same context whatever it thinks of
-packing. Logits are made in chunks; the whole (N, vocabulary) matrix never exists.
+packing. Logits are made in chunks; the whole (N, vocabulary) matrix never exists. Losses are summed by
+position in the document, in buckets that double: what sparsity costs shows where a document is longer than
+the budget, and a mean over positions hides it behind the easy first tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .records import Journal, journal_path, read_journals
+from ..model.convert import CONFIG_KEY
+from .records import Journal, journal_path, read_journals, write_json
 from .statistics import Interval, paired_ratio
 
 CHUNK = 512
 """Rows of logits that exist at once."""
+FIRST_EDGE = 128
+"""Tokens in the first bucket of positions; the second ends at twice as many, and so on."""
+SHAPE = "shape.json"
+"""What an arm's operations are counted from (eval/report_arithmetic.py), beside its losses."""
 
 
 class Row(Protocol):
@@ -48,13 +57,20 @@ def measure(
     if not left:
         return 0
     meter = LossMeter(model)
+    write_json(folder / SHAPE, shape(model.config))
     with Journal(journal_path(folder, rank, world_size)) as journal:
         for count, (name, row) in enumerate(left, start=1):
             begun = time.perf_counter()
-            loss, tokens = meter.row(row)
+            positions = meter.by_position(row)
             seconds = time.perf_counter() - begun
             journal.append(
-                {"id": name, "loss": loss, "tokens": tokens, "seconds": round(seconds, 3)}
+                {
+                    "id": name,
+                    "loss": math.fsum(loss for loss, _ in positions),
+                    "tokens": sum(tokens for _, tokens in positions),
+                    "positions": positions,
+                    "seconds": round(seconds, 3),
+                }
             )
             progress(f"row {count}/{len(left)}, {seconds:.1f} s")
     return len(left)
@@ -76,16 +92,33 @@ class LossMeter:
             theirs = model(input_ids=few, use_cache=False).logits.float()
         self._plain = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
-    @torch.no_grad()
     def row(self, row: Row) -> tuple[float, int]:
         """Summed loss of a row in nats, and its number of target tokens."""
-        total, tokens = 0.0, 0
+        found = self.by_position(row)
+        return math.fsum(loss for loss, _ in found), sum(tokens for _, tokens in found)
+
+    @torch.no_grad()
+    def by_position(self, row: Row) -> list[tuple[float, int]]:
+        """(summed loss in nats, target tokens) of each bucket of positions in the document.
+
+        Position n is the target behind n + 1 tokens of context; see `bucket`.
+        """
+        sums: list[tuple[float, int]] = []
         for ids, targets in documents(row):
-            kept = int((targets != -100).sum())
-            if kept:
-                total += float(self.document(ids, targets).sum(dtype=torch.float64))
-                tokens += kept
-        return total, tokens
+            if not bool((targets != -100).any()):
+                continue
+            losses = self.document(ids, targets).double().cpu()
+            kept = (targets != -100).cpu()
+            place, first = 0, 0
+            while first < len(ids):
+                first, last = bucket(place)
+                if place == len(sums):
+                    sums.append((0.0, 0))
+                loss, tokens = sums[place]
+                loss += float(losses[first:last].sum())
+                sums[place] = (loss, tokens + int(kept[first:last].sum()))
+                place, first = place + 1, last
+        return sums
 
     @torch.no_grad()
     def document(self, ids: Tensor, targets: Tensor, **arguments: Any) -> Tensor:
@@ -114,6 +147,37 @@ class LossMeter:
         return decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state
 
 
+def bucket(place: int) -> tuple[int, int]:
+    """[first, last) positions of a bucket: 0 to 128, then to 256, 512 and so on.
+
+    The same for every length, so that documents of different lengths go together.
+    """
+    return FIRST_EDGE * 2 ** (place - 1) if place else 0, FIRST_EDGE * 2**place
+
+
+def shape(config: Any) -> dict[str, int]:
+    """What the arithmetic of an attention layer depends on, from a model's config.
+
+    Returns:
+        `layers`, `query_heads`, `head_width`; of a converted model also `sparse_layers`, `index_heads`,
+        `index_width` and `block_size`.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    found = {
+        "layers": text.num_hidden_layers,
+        "query_heads": heads,
+        "head_width": getattr(text, "head_dim", None) or text.hidden_size // heads,
+    }
+    sparse = getattr(config, CONFIG_KEY, None)
+    if sparse:
+        found["sparse_layers"] = sum(sparse["sparse_attention_freq"])
+        found["index_heads"] = sparse["sparse_num_index_heads"]
+        found["index_width"] = sparse["sparse_index_dim"]
+        found["block_size"] = sparse["sparse_block_size"]
+    return found
+
+
 def documents(row: Row) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, targets) of each document in a row of B = 1."""
     bounds = torch.nonzero(row.document_ids[0, 1:] != row.document_ids[0, :-1])[:, 0] + 1
@@ -138,21 +202,70 @@ def summarise(folder: Path, num_rows: int) -> dict[str, Any]:
     tokens = [records[name]["tokens"] for name in wanted]
     mean = sum(losses) / sum(tokens)
     seconds = sum(records[name]["seconds"] for name in wanted)
-    return {
+    found = {
         "loss": mean,
         "perplexity": math.exp(mean),
         "row_losses": losses,
         "row_tokens": tokens,
         "seconds": round(seconds, 1),
     }
+    rows = [records[name].get("positions") for name in wanted]
+    if all(rows):  # a folder of an earlier version has sums only
+        found |= {"row_positions": rows, "positions": _positions(rows)}
+    if (folder / SHAPE).is_file():
+        found["shape"] = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
+    return found
 
 
-def change_pct(arm: dict[str, Any], base: dict[str, Any], *, seed: int = 0) -> Interval:
+@dataclass(frozen=True)
+class Change:
+    """How one arm's perplexity differs from another's in per cent, overall and by position."""
+
+    overall: Interval
+    by_position: list[dict[str, Any]]
+    """`first`, `last`, and the interval over the rows that reach so far; empty where not recorded."""
+
+    def record(self) -> dict[str, Any]:
+        """As stored in result files."""
+        return {**self.overall.record(), "by_position": self.by_position}
+
+
+def change_pct(arm: dict[str, Any], base: dict[str, Any], *, seed: int = 0) -> Change:
     """Perplexity of `arm` against `base` in per cent, paired by row; positive is worse."""
     gaps = [new - old for new, old in zip(arm["row_losses"], base["row_losses"], strict=True)]
-    gap = paired_ratio(gaps, base["row_tokens"], seed=seed)
+    buckets = []
+    if "row_positions" in arm and "row_positions" in base:
+        for place in range(max(map(len, base["row_positions"]))):
+            pairs = [
+                (new[place][0] - old[place][0], old[place][1])
+                for new, old in zip(arm["row_positions"], base["row_positions"], strict=True)
+                if place < len(old) and old[place][1]
+            ]
+            if pairs:
+                change = _percent([gap for gap, _ in pairs], [count for _, count in pairs], seed)
+                first, last = bucket(place)
+                buckets.append({"first": first, "last": last, **change.record()})
+    return Change(_percent(gaps, base["row_tokens"], seed), buckets)
+
+
+def _percent(gaps: Sequence[float], tokens: Sequence[int], seed: int) -> Interval:
+    gap = paired_ratio(gaps, tokens, seed=seed)
     estimate, low, high = (100 * math.expm1(value) for value in (gap.estimate, gap.low, gap.high))
     return Interval(estimate, low, high, gap.samples, gap.confidence)
+
+
+def _positions(rows: Sequence[Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
+    """Perplexity by bucket over all rows that reach it."""
+    table = []
+    for place in range(max(map(len, rows))):
+        here = [row[place] for row in rows if place < len(row) and row[place][1]]
+        if here:
+            tokens = sum(int(count) for _, count in here)
+            loss = math.fsum(total for total, _ in here) / tokens
+            first, last = bucket(place)
+            head = {"first": first, "last": last, "rows": len(here), "tokens": tokens}
+            table.append({**head, "loss": loss, "perplexity": math.exp(loss)})
+    return table
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
