@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..data import corpora
-from ..recipes.schema import RulerStage
-from . import score, tables
+from ..recipes.schema import LongbenchStage, RulerStage
+from . import longbench, longbench_score, score, tables
 from .arms import ArmRun, arm_runs
 from .context import EvalContext
 from .generate import Prompt
@@ -21,8 +21,11 @@ from .predict import claim, merge, predict, share
 from .prepare import Prompts, load, prepare
 from .progress import estimate, told, trial
 from .records import read_journals, write_json
-from .ruler import LABEL, check_lengths, check_tasks
-from .sources import ruler_words
+from .ruler import check_lengths, check_tasks
+from .ruler_corpus import PUBLIC_DOMAIN, read_corpus
+from .tables import Predictions
+
+_RULER_OPTIONS = ("seed", "corpus", "parity", "mode", "reasoning_tokens")
 
 
 class PromptSet(Protocol):
@@ -43,29 +46,51 @@ def run_ruler(ctx: EvalContext, stage: RulerStage) -> dict[str, Any]:
     tasks = check_tasks(stage.tasks)
     check_lengths(stage.lengths, ctx.window())
     runs = arm_runs(stage.arms, ctx.budgets(stage))
-    prompts = ruler_prompts(ctx, tasks, stage.lengths, stage.samples, stage.seed)
+    options = {name: getattr(stage, name) for name in _RULER_OPTIONS}
+    prompts = ruler_prompts(ctx, tasks, stage.lengths, stage.samples, **options)
     folders = answers(ctx, "ruler", prompts, runs)
 
     def make() -> dict[str, Any]:
         return {
-            "label": LABEL,
+            "label": prompts.label,
             "prompts": prompts.digest,
             "samples": stage.samples,
             "lengths": sorted(stage.lengths),
             "tasks": tasks,
             "skipped": prompts.skipped,
             "block_size": ctx.geometry().block_size,
-            **results(ctx, "ruler", prompts, folders),
+            **results(ctx, "ruler", stage, prompts, folders)[0],
         }
 
     return ctx.finish("ruler", stage, make)
 
 
-def run_longbench(ctx: EvalContext, stage: Any) -> dict[str, Any]:
-    """LongBench's place in the pipeline: recorded as not measured."""
-    reason = "LongBench is not part of this version; no score is claimed"
-    ctx.say(f"longbench: not measured ({reason})")
-    return ctx.finish("longbench", stage, lambda: {"measured": False, "reason": reason})
+def run_longbench(ctx: EvalContext, stage: LongbenchStage) -> dict[str, Any]:
+    """LongBench's suites in every arm, and why what is not measured is not.
+
+    Raises:
+        ValueError: bad records, a length above the window, changed prompts or damaged predictions.
+    """
+    runs = arm_runs(stage.arms, ctx.budgets(stage))
+    longbench.check_max_length(stage.max_length, ctx.window())
+    prompts, missing = _longbench_prompts(ctx, stage)
+    for entry in missing:
+        ctx.say(f"longbench: {entry['task']} {entry['reason']}")
+    folders = answers(ctx, "longbench", prompts, runs) if prompts.samples else {}
+
+    def make() -> dict[str, Any]:
+        head = {"prompts": prompts.digest, "sources": prompts.sources, "missing": missing}
+        if not folders:
+            reason = missing[0]["reason"].removeprefix("not measured: ")
+            return {**head, "measured": False, "reason": reason}
+        found, scored = results(ctx, "longbench", stage, prompts, folders)
+        for label, arm in found["arms"].items():
+            records = list(scored[label].values())
+            scores = {record["id"]: record["score"] for record in records}
+            arm["longbench"] = longbench_score.tables(records, scores)
+        return {**head, "measured": True, "label": "LongBench", **found}
+
+    return ctx.finish("longbench", stage, make)
 
 
 def answers(
@@ -112,13 +137,18 @@ def answers(
 
 
 def results(
-    ctx: EvalContext, kind: str, prompts: PromptSet, folders: dict[str, Path]
-) -> dict[str, Any]:
-    """Merged predictions, scored: `arms`, `comparisons` and `margin` of a stage's result. Rank 0 only."""
-    arms = {}
-    for label, folder in folders.items():
-        merged = merge(folder, prompts.samples)
-        arms[label] = score.scored({record["id"]: record for record in merged})
+    ctx: EvalContext, kind: str, stage: Any, prompts: PromptSet, folders: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, Predictions]]:
+    """Merges predictions into the stage's folder and scores them; rank 0 only.
+
+    Returns:
+        `arms`, `comparisons` and `margin` of the stage's result; and each arm's scored predictions.
+    """
+    home = ctx.folder(kind) / f"stage-{ctx.number(stage)}"
+    arms = {
+        label: score.scored(merge(folder, prompts.samples, home / label))
+        for label, folder in folders.items()
+    }
     found = score.evaluate(arms, margin=ctx.margin())
     for label, arm in found["arms"].items():
         journals = read_journals(folders[label])
@@ -128,29 +158,36 @@ def results(
         for length, by_task in arm["scores"].items():
             for task, cell in by_task.items():
                 ctx.log({f"eval/{kind}/{_short(int(length))}/{task}/{label}": cell["score"]})
-    return found
+    return found, arms
 
 
 def ruler_prompts(
-    ctx: EvalContext, tasks: list[str], lengths: list[int], samples: int, seed: int
+    ctx: EvalContext,
+    tasks: list[str],
+    lengths: list[int],
+    samples: int,
+    *,
+    seed: int = 42,
+    corpus: str = PUBLIC_DOMAIN,
+    parity: str = "native",
+    **options: Any,
 ) -> Prompts:
-    """RULER's prompts, prepared by rank 0 and read by all."""
+    """RULER's prompts, prepared by rank 0 and read by all. `options`: of `prepare`."""
     tokenizer = ctx.tokenizer()
     home = ctx.folder("ruler") / "prompts"
-    cache = ctx.recipe.data.cache_dir
     note = home / "newest.json"
     made: Prompts | None = None
     if ctx.rank == 0:
+        wanted: dict[str, Any] = {"tasks": tasks, "lengths": lengths, "parity": parity}
         made = prepare(
             home,
             tokenizer=tokenizer,
-            words=ruler_words(cache),
-            works=corpora.read("ruler-pd", None, cache),
-            tasks=tasks,
-            lengths=lengths,
+            corpus=read_corpus(corpus, ctx.recipe.data.cache_dir, **wanted),
             samples=samples,
             seed=seed,
             progress=ctx.say,
+            **wanted,
+            **options,
         )
         write_json(note, {"folder": made.folder.name})
     ctx.barrier()
@@ -159,6 +196,39 @@ def ruler_prompts(
         made = load(home / name, tokenizer)
     ctx.barrier()
     return made
+
+
+def _longbench_prompts(
+    ctx: EvalContext, stage: LongbenchStage
+) -> tuple[longbench.Prepared, list[dict[str, str]]]:
+    """LongBench's prompts without those that could not be scored here, and what is missing."""
+    tokenizer = ctx.tokenizer()
+    home = ctx.folder("longbench") / "prompts"
+    note = home / "newest.json"
+    if ctx.rank == 0:
+        made = longbench.prepare(
+            home,
+            tokenizer=tokenizer,
+            suites=stage.suites,
+            tasks=stage.tasks,
+            records=None if stage.folder is None else Path(stage.folder),
+            cache_dir=ctx.recipe.data.cache_dir,
+            max_length=stage.max_length,
+            window=ctx.window(),
+            samples=stage.samples,
+            seed=stage.seed,
+            chat=stage.chat,
+            progress=ctx.say,
+        )
+        write_json(note, {"folder": made.folder.name, "missing": made.missing})
+    ctx.barrier()
+    told = json.loads(note.read_text(encoding="utf-8"))
+    made = longbench.load(home / told["folder"], tokenizer)
+    ctx.barrier()
+    unscorable = longbench_score.not_scorable(sorted({one.task for one in made.samples}))
+    without = {entry["task"] for entry in unscorable}
+    samples = [one for one in made.samples if one.task not in without]
+    return replace(made, samples=samples), told["missing"] + unscorable
 
 
 def _identity(ctx: EvalContext, models: Models, run: ArmRun, prompts: PromptSet) -> dict[str, Any]:

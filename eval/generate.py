@@ -2,8 +2,8 @@
 
 Batch 1: there is no padding, so blocks begin where they did in training. The prompt is read in chunks,
 logits are made for the last position only, and generation ends at any of the model's end tokens, at a
-stop token of the task, at the task's published budget or, in RULER, as soon as every reference has been
-said: more text cannot change a substring score. A prompt is never cut here; what does not fit is refused.
+stop token of the task, at the task's published budget or, in RULER, as soon as the score is full: more
+text cannot change it. A prompt is never cut here; what does not fit is refused.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from .arms import ArmRun
 from .recall import answer_recall
-from .ruler import encode, hits
+from .ruler import encode
+from .ruler_score import settled
 
-FOUND = "all references found"
+FOUND = "found"
 MEASURED = ("prefill_s", "decode_s", "peak_gib")
 """Keys of a record that differ from run to run; all others are decided by checkpoint and prompt."""
-_NOT_KEPT = ("prompt", "num_tokens", "new_tokens")
+_NOT_KEPT = ("prompt", "num_tokens", "new_tokens", "decoys")
 
 
 class Prompt(Protocol):
@@ -190,7 +191,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def spans(sample: Prompt) -> list[list[int]]:
     """[first, last + 1) token places of a sample's needles; empty where it has none."""
-    return getattr(sample, "spans", None) or getattr(sample, "needle_spans", None) or []
+    return getattr(sample, "spans", None) or []
 
 
 def window(model: Any) -> int | None:
@@ -221,9 +222,11 @@ def _enough(tokenizer: Any, sample: Prompt) -> Callable[[list[int]], str | None]
     """Why an answer may end before its budget, asked after every token."""
     if getattr(sample, "benchmark", "ruler") != "ruler" or not sample.references:
         return lambda new: None
+    metric, mode = getattr(sample, "metric", "all"), getattr(sample, "mode", "base")
 
     def ask(new: list[int]) -> str | None:
-        return FOUND if all(hits(decode(tokenizer, new), sample.references)) else None
+        said = decode(tokenizer, new)
+        return FOUND if settled(said, sample.references, metric, mode) else None
 
     return ask
 

@@ -1,8 +1,8 @@
 """Answers of one arm to stored prompts: shared between ranks, one JSON line a sample, resumable.
 
-    <arm's folder>/arm.json                  which arm, checkpoint, precision and prompts; checked on return
-    <arm's folder>/rank-<r>-of-<n>.jsonl     one line a prompt, appended by one rank, never rewritten
-    <arm's folder>/predictions.jsonl         all of them sorted by id, without times; written at the end
+    <arm's folder>/arm.json                   which arm, checkpoint, precision, prompts; checked on return
+    <arm's folder>/rank-<r>-of-<n>.jsonl      one line a prompt, appended by one rank, never rewritten
+    <stage's folder>/<arm>/predictions.jsonl  all of one stage sorted by id, without times; and arm.json
 
 What is left is put longest first, and rank r takes every n-th of it. Every rank must therefore see the same
 journals before any rank writes: `answered` is read before a barrier, `predict` runs after it. A killed run
@@ -106,10 +106,14 @@ def share(samples: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]
     return ordered[rank::world_size]
 
 
-def merge(folder: Path, samples: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Write `predictions.jsonl` from all ranks' journals; returns its records.
+def merge(folder: Path, samples: Sequence[Prompt], target: Path) -> dict[str, dict[str, Any]]:
+    """Write a stage's `predictions.jsonl` from an arm's journals; returns its records by id.
 
     The same bytes for the same model and prompts, whatever was killed and however many ranks there were.
+
+    Args:
+        folder: the arm's, perhaps with answers to other stages' prompts too.
+        target: folder to write to, of one arm of one stage; what eval/score.py reads.
 
     Raises:
         ValueError: a damaged line, or a sample without an answer.
@@ -122,12 +126,14 @@ def merge(folder: Path, samples: Sequence[Prompt]) -> list[dict[str, Any]]:
             "run the stage again, it goes on where it stopped"
         )
     wanted = {one.id for one in samples}
-    records = [
-        {key: value for key, value in record.items() if key not in MEASURED}
+    records = {
+        name: {key: value for key, value in record.items() if key not in MEASURED}
         for name, record in sorted(found.items())
         if name in wanted
-    ]
-    write_text(folder / PREDICTIONS, to_lines(records))
+    }
+    if (folder / IDENTITY).is_file():
+        write_text(target / IDENTITY, (folder / IDENTITY).read_text(encoding="utf-8"))
+    write_text(target / PREDICTIONS, to_lines(records.values()))
     return records
 
 

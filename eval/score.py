@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import tables
+from . import longbench_score, ruler_score, tables
 from .arms import ArmRun, comparisons
 from .errors import sentence
 from .records import read_predictions, write_json
@@ -26,6 +26,10 @@ from .tables import Predictions
 
 DEFAULT_MARGIN = 1.0
 """Points; the recipe's report stage names another."""
+_METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "ruler": ruler_score.score_record,
+    "longbench": longbench_score.score,
+}
 _NEEDED = {"id": str, "task": str, "length": int, "references": list, "prediction": str}
 _SAME = ("checkpoint", "precision", "index_precision", "prompts")
 
@@ -37,11 +41,11 @@ def score_of(record: Mapping[str, Any]) -> float:
         ValueError: a benchmark that is not known.
     """
     benchmark = record.get("benchmark", "ruler")
-    if benchmark == "ruler":
-        from .ruler import hits, score
-
-        return score(hits(record["prediction"], record["references"]))
-    raise ValueError(f"benchmark={benchmark!r} of prediction {record['id']}: use ruler")
+    if benchmark not in _METRICS:
+        raise ValueError(
+            f"benchmark={benchmark!r} of prediction {record['id']}: use {' or '.join(_METRICS)}"
+        )
+    return _METRICS[benchmark](record)
 
 
 def scored(records: Mapping[str, Mapping[str, Any]]) -> Predictions:

@@ -20,7 +20,7 @@ from .context import EvalContext
 from .models import attending
 from .records import read_journals
 from .report import write_report
-from .ruler import LABEL, check_lengths
+from .ruler import check_lengths
 
 __all__ = [
     "EvalContext",
@@ -129,15 +129,15 @@ def _needles(ctx: EvalContext, stage: ProbeStage, top_ks: list[int]) -> dict[str
     """Score of single-needle prompts of a row's length, dense and with the oracle's blocks."""
     length = ctx.recipe.data.row_len
     check_lengths([length], ctx.window())
-    prompts = ruler_prompts(ctx, [NEEDLE_TASK], [length], stage.needles, 42)
+    prompts = ruler_prompts(ctx, [NEEDLE_TASK], [length], stage.needles)
     runs = arm_runs(["converted_dense", "converted_oracle"], top_ks)
     folders = answers(ctx, "ruler", prompts, runs)
     ctx.barrier()
     scores = {}
     if ctx.rank == 0:
-        found = results(ctx, "ruler", prompts, folders)
+        found, _ = results(ctx, "probe", stage, prompts, folders)
         scores = {label: arm["means"] for label, arm in found["arms"].items()}
-    return {"label": LABEL, "task": NEEDLE_TASK, "samples": stage.needles, "scores": scores}
+    return {"label": prompts.label, "task": NEEDLE_TASK, "samples": stage.needles, "scores": scores}
 
 
 def _heldout(ctx: EvalContext, count: int) -> list[Any]:

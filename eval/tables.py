@@ -138,7 +138,7 @@ def depths(records: Predictions) -> dict[str, list[dict[str, Any]]]:
     """length -> score by tenth of the prompt in which the needle lies, over samples with one needle."""
     table: dict[str, dict[int, list[float]]] = {}
     for record in records.values():
-        spans = record.get("spans") or record.get("needle_spans") or []
+        spans = record.get("spans") or []
         if len(spans) == 1 and record.get("prompt_tokens"):
             tenth = min(_DEPTHS - 1, _DEPTHS * spans[0][0] // record["prompt_tokens"])
             by_depth = table.setdefault(str(record["length"]), {})

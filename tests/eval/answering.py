@@ -27,11 +27,11 @@ data:
   cache_dir: {home}/cache
   sources:
     - {{name: prose, kind: text, path: {home}/prose.txt}}
-stages:
-  - {{kind: ruler, lengths: [512]}}
-  - {{kind: report, margin: 2.0}}
 train: {{precision: fp32}}
+stages:
+  - {{kind: report, margin: 2.0}}
 """
+STAGES = "  - {kind: ruler, lengths: [512]}"
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,15 @@ def lively_model() -> LlamaForCausalLM:
     return model
 
 
-def build_home(home: Path, model: Any, tokenizer: Any) -> Path:
-    """A dense folder, its conversion and a recipe under `home`."""
+def build_home(home: Path, model: Any, tokenizer: Any, stages: str = STAGES) -> Path:
+    """A dense folder, its conversion and a recipe under `home`; `{home}` in `stages` is its path."""
     model.save_pretrained(home / "dense")
     tokenizer.save_pretrained(home / "dense")
     (home / "prose.txt").write_text("Rain falls.", encoding="utf-8")
-    (home / "recipe.yaml").write_text(RECIPE.format(home=home), encoding="utf-8")
+    text = RECIPE.format(home=home)
+    head, report = text.split("stages:\n")
+    stages = stages.strip("\n").replace("{home}", str(home))
+    (home / "recipe.yaml").write_text(f"{head}stages:\n{stages}\n{report}", encoding="utf-8")
     row = SimpleNamespace(
         input_ids=torch.randint(2, 900, (1, 64), generator=torch.Generator().manual_seed(0)),
         position_ids=torch.arange(64)[None],

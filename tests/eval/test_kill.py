@@ -96,8 +96,8 @@ def undisturbed(ranks, tmp_path_factory):
 def predictions(run_dir: Path) -> dict[str, bytes]:
     """The merged file of each arm."""
     found = {}
-    for path in run_dir.glob("eval/ruler/predictions/*/*/predictions.jsonl"):
-        found[path.parent.name.rsplit("-", 2)[0]] = path.read_bytes()
+    for path in run_dir.glob("eval/ruler/stage-0/*/predictions.jsonl"):
+        found[path.parent.name] = path.read_bytes()
     return found
 
 

@@ -299,12 +299,13 @@ def test_folder_of_another_checkpoint_is_refused(tmp_path):
 
 def test_merged_file_is_sorted_and_has_no_times(tmp_path, tiny_model, tokenizer, short):
     with pytest.raises(ValueError, match="6 of 6 prompts have no prediction"):
-        merge(tmp_path, short)
+        merge(tmp_path, short, tmp_path / "stage")
     predict(tiny_model, tokenizer, short, tmp_path)
-    merged = merge(tmp_path, short[:5])
-    assert [one["id"] for one in merged] == sorted(one.id for one in short[:5])
-    assert not set(MEASURED) & set(merged[0]) and "prompt" not in merged[0]
-    assert read_predictions(tmp_path) == {one["id"]: one for one in merged}
+    merged = merge(tmp_path, short[:5], tmp_path / "stage")
+    assert list(merged) == sorted(one.id for one in short[:5])
+    for record in merged.values():
+        assert not set(MEASURED) & set(record) and "prompt" not in record
+    assert read_predictions(tmp_path / "stage") == merged
 
 
 def test_before_training_and_at_full_budget_all_arms_say_the_same_tokens(

@@ -61,8 +61,7 @@ def rank_main(ours: Any, order: dict[str, Any], rank: int) -> None:
     folders = benchmarks.answers(ctx, "ruler", prompts, RUNS)
     ctx.barrier()
     if rank == 0:
-        for folder in folders.values():
-            benchmarks.merge(folder, prompts.samples)
+        benchmarks.results(ctx, "ruler", ctx.recipe.stages[0], prompts, folders)
 
 
 def written(run_dir: Path) -> int:
