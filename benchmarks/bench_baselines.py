@@ -52,6 +52,22 @@ def library(inputs: Inputs) -> Call:
     return functools.partial(dense_attention, inputs.q, inputs.k, inputs.v, scale=inputs.scale)
 
 
+def library_forward(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Output of the library path, to differentiate."""
+    from dense2sparse.kernels.library_dense import dense_attention
+
+    return dense_attention(q, k, v, scale=inputs.scale)[0]
+
+
+def sdpa_forward(backend: SDPBackend, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Output of one of torch's fused kernels, to differentiate."""
+    need_cuda(inputs)
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=inputs.scale, enable_gqa=True
+        )
+
+
 def library_decode(inputs: Inputs) -> Call:
     """One token through the library path."""
     from dense2sparse.kernels.library_dense import dense_attention

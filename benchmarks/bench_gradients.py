@@ -128,8 +128,8 @@ def _query_gradient(
     """dq (R, D) of a row as plain torch makes it, and in float64."""
     heads = _heads(inputs, group)
     tokens = _seen(inputs, left.block_ids, batch, group, row)
-    narrow = (inputs.q[batch, heads, row], inputs.k[batch, group, tokens])
-    narrow += (inputs.v[batch, group, tokens], left.grad_out[batch, heads, row])
+    q, grad = inputs.q[batch, heads, row], left.grad_out[batch, heads, row]
+    k, v = inputs.k[batch, group, tokens], inputs.v[batch, group, tokens]
     out = left.out[batch, heads, row]
 
     def made(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
@@ -138,7 +138,8 @@ def _query_gradient(
         pull = (weights * pulls if out is None else grad * out).sum(-1, keepdim=True)
         return weights * (pulls - pull) @ k * inputs.scale
 
-    return made(*narrow, out), made(*(x.double() for x in narrow), None)
+    wide = made(q.double(), k.double(), v.double(), grad.double(), None)
+    return made(q, k, v, grad, out), wide
 
 
 def _key_gradients(

@@ -84,6 +84,8 @@ def _one(one: Any, inputs: list[Any], launch: Any, bench: Bench, graph: bool) ->
         verdict = one.check(inputs[0], calls[0]())
         if not verdict.fine:
             return {"ms": None, "said": str(verdict)}
+        if not bench.cuda:
+            return {"ms": None, "said": ""}
         timing = bench.time(bench.graphed(calls) if graph else calls[0])
         return {"ms": timing.median_s * 1e3 / (len(calls) if graph else 1), "said": ""}
     except Exception as error:  # too many registers or too much shared memory: the next one

@@ -98,3 +98,33 @@ def backward_flops(forward: float) -> float:
 def kl_flops(shape: Shape, pairs: float) -> float:
     """Teacher's scores, and four products of index width: scores twice (once summed), two gradients."""
     return (2 * shape.width * shape.heads + 8 * shape.index_width * shape.groups) * pairs
+
+
+def sparse_kl_flops(shape: Shape) -> float:
+    return kl_flops(shape, shape.selected_pairs)
+
+
+def full_kl_flops(shape: Shape) -> float:
+    return kl_flops(shape, shape.pairs)
+
+
+def warmup_flops(fraction: float, frozen: bool, shape: Shape) -> float:
+    dense = dense_flops(shape)
+    return dense + (0 if frozen else backward_flops(dense)) + fraction * full_kl_flops(shape)
+
+
+def training_flops(shape: Shape) -> float:
+    sparse = sparse_flops(shape)
+    return select_flops(shape) + sparse + backward_flops(sparse) + sparse_kl_flops(shape)
+
+
+def training_bytes(shape: Shape) -> float:
+    """q, k, v, out read; the gradient of out read, of q, k, v written."""
+    return 2 * whole_bytes(shape)
+
+
+def kl_bytes(shape: Shape) -> float:
+    """q, k and the log-sum-exp read; index q and k read, their float32 gradients written."""
+    tokens, index = shape.batch * shape.length, (shape.groups + 1) * shape.index_width
+    main = (shape.heads + shape.groups) * shape.width * BYTES + 4 * shape.heads
+    return tokens * (main + index * (BYTES + 4))

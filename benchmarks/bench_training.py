@@ -21,24 +21,26 @@ import bench_baselines as others
 import torch
 from bench_candidates import backward_launches, full_kl_launches, sparse_kl_launches
 from bench_checks import Verdict, check_attention, check_selection
-from bench_data import Inputs, Shape
+from bench_data import Inputs
 from bench_gradients import Left, check_backward, check_kl, check_kl_value, first_fault
 from bench_table import (
-    BYTES,
     Call,
     Implementation,
     Operation,
     backward_flops,
     dense_flops,
+    full_kl_flops,
     index_bytes,
-    kl_flops,
-    select_flops,
+    kl_bytes,
     sparse_flops,
+    sparse_kl_flops,
+    training_bytes,
+    training_flops,
+    warmup_flops,
     whole_bytes,
 )
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend
 
 from dense2sparse.kernels import ops, triton_attend_backward, triton_kl, triton_sparse_kl
 from dense2sparse.kernels.library_dense import dense_attention
@@ -59,7 +61,7 @@ class Made:
     """Ids that selection found, which may not be those that were attended to."""
 
 
-def _kl_scales(inputs: Inputs) -> dict[str, float]:
+def _kl_scales(inputs: Inputs) -> dict[str, Any]:
     return {"scale": inputs.scale, "index_scale": inputs.shape.index_width**-0.5}
 
 
@@ -74,18 +76,6 @@ def _leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 # Dense, by libraries.
-
-
-def _library(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return dense_attention(q, k, v, scale=inputs.scale)[0]
-
-
-def _sdpa(backend: SDPBackend, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    others.need_cuda(inputs)
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=inputs.scale, enable_gqa=True
-        )
 
 
 Forward = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
@@ -119,22 +109,24 @@ def _right_dense(inputs: Inputs, grads: Any) -> Verdict:
 
 
 def _sparse_left(inputs: Inputs) -> Left:
-    ids, sizes = inputs.block_ids, {"block_size": inputs.shape.block_size, "scale": inputs.scale}
+    ids, block_size = inputs.block_ids, inputs.shape.block_size
     assert ids is not None
-    out, lse, _ = attend(inputs.q, inputs.k, inputs.v, ids, None, **sizes)
+    tensors = inputs.q, inputs.k, inputs.v, ids, None
+    out, lse, _ = attend(*tensors, block_size=block_size, scale=inputs.scale)
     return Left(out, lse, _grad_out(inputs), ids)
 
 
 def _sparse_backward(deterministic: bool, inputs: Inputs, launch: Any) -> Call:
     left = _sparse_left(inputs)
-    assert left.block_ids is not None
+    ids = left.block_ids
+    assert ids is not None
 
     def call() -> Made:
         grads = triton_attend_backward.attend_backward(
             inputs.q,
             inputs.k,
             inputs.v,
-            left.block_ids,
+            ids,
             None,
             left.out,
             left.lse,
@@ -156,9 +148,18 @@ def _full_kl(fraction: float, inputs: Inputs, launch: Any) -> Call:
 
 
 def _full_kl_of(inputs: Inputs, left: Left, fraction: float, launch: Any) -> Any:
-    tensors = inputs.q, inputs.k, left.lse, inputs.index_q, inputs.index_k, None
-    options = {"need_grad": True, "fraction": fraction, "launch": launch}
-    return triton_kl.full_kl(*tensors, **options, **_kl_scales(inputs))
+    return triton_kl.full_kl(
+        inputs.q,
+        inputs.k,
+        left.lse,
+        inputs.index_q,
+        inputs.index_k,
+        None,
+        **_kl_scales(inputs),
+        need_grad=True,
+        fraction=fraction,
+        launch=launch,
+    )
 
 
 def _sparse_kl(deterministic: bool, inputs: Inputs, launch: Any) -> Call:
@@ -169,10 +170,20 @@ def _sparse_kl(deterministic: bool, inputs: Inputs, launch: Any) -> Call:
 
 def _sparse_kl_of(inputs: Inputs, left: Left, deterministic: bool, launch: Any) -> Any:
     assert left.block_ids is not None
-    tensors = inputs.q, inputs.k, left.lse, inputs.index_q, inputs.index_k, left.block_ids, None
-    options = {"need_grad": True, "deterministic": deterministic, "launch": launch}
-    options["block_size"] = inputs.shape.block_size
-    return triton_sparse_kl.sparse_kl(*tensors, **options, **_kl_scales(inputs))
+    return triton_sparse_kl.sparse_kl(
+        inputs.q,
+        inputs.k,
+        left.lse,
+        inputs.index_q,
+        inputs.index_k,
+        left.block_ids,
+        None,
+        **_kl_scales(inputs),
+        block_size=inputs.shape.block_size,
+        need_grad=True,
+        deterministic=deterministic,
+        launch=launch,
+    )
 
 
 # Ours: whole layers.
@@ -183,14 +194,14 @@ def _training_layer(inputs: Inputs, launch: Any) -> Call:
         inputs.q, inputs.k, inputs.v, inputs.index_q, inputs.index_k
     )
     grad = _grad_out(inputs)
-    size, common = {"block_size": inputs.shape.block_size}, {"backend": "triton"}
+    size: dict[str, Any] = {"block_size": inputs.shape.block_size}
+    common: dict[str, Any] = {"backend": "triton"}
 
     def call() -> Made:
         with torch.no_grad():
             selected = ops.select_blocks(index_q, index_k, **inputs.budget, **common)
         ids = selected if inputs.block_ids is None else inputs.block_ids
-        scale = {"scale": inputs.scale}
-        out, lse = ops.sparse_attention(q, k, v, ids, **size, **scale, **common)
+        out, lse = ops.sparse_attention(q, k, v, ids, scale=inputs.scale, **size, **common)
         value = ops.index_kl(
             q, k, lse, index_q, index_k, **_kl_scales(inputs), block_ids=ids, **size, **common
         )
@@ -209,11 +220,19 @@ def _warmup(fraction: float, frozen: bool, inputs: Inputs, launch: Any) -> Call:
     def call() -> Made:
         out, lse = dense_attention(*main, scale=inputs.scale)
         value = ops.index_kl(
-            *main[:2], lse, *index, **_kl_scales(inputs), fraction=fraction, backend="triton"
+            main[0],
+            main[1],
+            lse,
+            index[0],
+            index[1],
+            **_kl_scales(inputs),
+            fraction=fraction,
+            backend="triton",
         )
         left = Left(out.detach(), lse, grad, None)
         if frozen:
-            return Made(left, kl=(value, *torch.autograd.grad(value, index)))
+            grad_q, grad_k = torch.autograd.grad(value, index)
+            return Made(left, kl=(value, grad_q, grad_k))
         found = _both_gradients(out, value, grad, [*main, *index])
         return Made(left, found[:3], (value, *found[3:]))
 
@@ -266,46 +285,13 @@ def _right_sparse_kl(inputs: Inputs, made: Made) -> Verdict:
     return first_fault(_right(inputs, made), check_kl_value(inputs, made.left, value_of))
 
 
-# Work and traffic.
-
-
-def _sparse_kl_flops(shape: Shape) -> float:
-    return kl_flops(shape, shape.selected_pairs)
-
-
-def _full_kl_flops(shape: Shape) -> float:
-    return kl_flops(shape, shape.pairs)
-
-
-def _warmup_flops(fraction: float, frozen: bool, shape: Shape) -> float:
-    dense = dense_flops(shape)
-    return dense + (0 if frozen else backward_flops(dense)) + fraction * _full_kl_flops(shape)
-
-
-def _training_flops(shape: Shape) -> float:
-    sparse = sparse_flops(shape)
-    return select_flops(shape) + sparse + backward_flops(sparse) + _sparse_kl_flops(shape)
-
-
-def _training_bytes(shape: Shape) -> float:
-    """q, k, v, out read; the gradient of out read, of q, k, v written."""
-    return 2 * whole_bytes(shape)
-
-
-def _kl_bytes(shape: Shape) -> float:
-    """q, k and the log-sum-exp read; index q and k read, their float32 gradients written."""
-    tokens, index = shape.batch * shape.length, (shape.groups + 1) * shape.index_width
-    main = (shape.heads + shape.groups) * shape.width * BYTES + 4 * shape.heads
-    return tokens * (main + index * (BYTES + 4))
-
-
 def _libraries(make: Callable[..., Call]) -> tuple[Implementation, ...]:
     return tuple(
         Implementation(name, partial(make, forward), _right_dense, ours=False)
         for name, forward in (
-            ("library", _library),
-            ("sdpa cudnn", partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
-            ("sdpa flash", partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
+            ("library", others.library_forward),
+            ("sdpa cudnn", partial(others.sdpa_forward, SDPBackend.CUDNN_ATTENTION)),
+            ("sdpa flash", partial(others.sdpa_forward, SDPBackend.FLASH_ATTENTION)),
         )
     )
 
@@ -316,7 +302,7 @@ def _warmups(frozen: bool) -> tuple[Implementation, ...]:
             name,
             partial(_warmup, fraction, frozen),
             partial(_right, fraction=fraction),
-            flops=partial(_warmup_flops, fraction, frozen),
+            flops=partial(warmup_flops, fraction, frozen),
         )
         for name, fraction in (("triton", 1.0), ("triton quarter", FRACTION))
     )
@@ -326,7 +312,7 @@ TRAINING: tuple[Operation, ...] = (
     Operation(
         "dense backward",
         flops=lambda shape: backward_flops(dense_flops(shape)),
-        moved=_training_bytes,
+        moved=training_bytes,
         implementations=_libraries(_dense_backward),
         by_group=True,
         training=True,
@@ -334,7 +320,7 @@ TRAINING: tuple[Operation, ...] = (
     Operation(
         "dense training",
         flops=lambda shape: dense_flops(shape) + backward_flops(dense_flops(shape)),
-        moved=_training_bytes,
+        moved=training_bytes,
         implementations=_libraries(_dense_training),
         by_group=True,
         training=True,
@@ -342,7 +328,7 @@ TRAINING: tuple[Operation, ...] = (
     Operation(
         "sparse backward",
         flops=lambda shape: backward_flops(sparse_flops(shape)),
-        moved=_training_bytes,
+        moved=training_bytes,
         implementations=tuple(
             Implementation(
                 name,
@@ -358,8 +344,8 @@ TRAINING: tuple[Operation, ...] = (
     ),
     Operation(
         "sparse kl",
-        flops=_sparse_kl_flops,
-        moved=_kl_bytes,
+        flops=sparse_kl_flops,
+        moved=kl_bytes,
         implementations=tuple(
             Implementation(
                 name,
@@ -375,8 +361,8 @@ TRAINING: tuple[Operation, ...] = (
     ),
     Operation(
         "training layer",
-        flops=_training_flops,
-        moved=lambda shape: _training_bytes(shape) + index_bytes(shape, shape.length),
+        flops=training_flops,
+        moved=lambda shape: training_bytes(shape) + index_bytes(shape, shape.length),
         implementations=(Implementation("triton", _training_layer, _right),),
         dense="dense training",
         by_selection=True,
@@ -384,8 +370,8 @@ TRAINING: tuple[Operation, ...] = (
     ),
     Operation(
         "kl",
-        flops=_full_kl_flops,
-        moved=_kl_bytes,
+        flops=full_kl_flops,
+        moved=kl_bytes,
         implementations=(
             Implementation(
                 "triton", partial(_full_kl, 1.0), _right_full_kl, candidates=full_kl_launches
@@ -394,7 +380,7 @@ TRAINING: tuple[Operation, ...] = (
                 "triton quarter",
                 partial(_full_kl, FRACTION),
                 partial(_right, fraction=FRACTION),
-                flops=lambda shape: FRACTION * _full_kl_flops(shape),
+                flops=lambda shape: FRACTION * full_kl_flops(shape),
             ),
         ),
         dense="dense training",
@@ -402,15 +388,15 @@ TRAINING: tuple[Operation, ...] = (
     ),
     Operation(
         "warmup trained",
-        flops=partial(_warmup_flops, 1.0, False),
-        moved=_training_bytes,
+        flops=partial(warmup_flops, 1.0, False),
+        moved=training_bytes,
         implementations=_warmups(frozen=False),
         dense="dense training",
         training=True,
     ),
     Operation(
         "warmup frozen",
-        flops=partial(_warmup_flops, 1.0, True),
+        flops=partial(warmup_flops, 1.0, True),
         moved=whole_bytes,
         implementations=_warmups(frozen=True),
         dense="dense training",

@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dry": {
         "heads": ["6/2x16"],
         "lengths": ["52"],
-        "data": ["model", "random"],
+        "data": ["model"],
         "without": [],
         "budget_s": 0.0,
     },

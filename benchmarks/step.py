@@ -70,7 +70,9 @@ def _measure(options: argparse.Namespace) -> int:
     sizes = [SIZES[name] for name in options.sizes]
     parts = {**LAYERS, **dict.fromkeys(options.sizes if options.layers else (), options.layers)}
     sizes = [size.part(parts[size.name]) if size.name in parts else size for size in sizes]
-    planned = cases(sizes, [_tokens(text) for text in options.lengths], options.modes or MODES)
+    planned = cases(
+        sizes, [_tokens(text) for text in options.lengths], options.modes or list(MODES)
+    )
     speed = not (options.dry or options.check)
     runner = Runner(device, dtype, options.budget_s, options.data, speed, options.check)
     records, about = _earlier(options), environment()

@@ -80,7 +80,7 @@ def test_one_command_runs_to_its_end_on_a_cpu(tmp_path):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=200,
     )
     files = sorted(tmp_path.iterdir())
     assert done.returncode == 0, done.stdout + done.stderr
