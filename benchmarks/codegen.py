@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of every kernel, compiled without a GPU.
 
     python benchmarks/codegen.py --arch 90                all kernels for sm_90
-    python benchmarks/codegen.py --only select --arch 80 90 100 --json codegen.json
+    python benchmarks/codegen.py --only select attend --arch 80 90 100 --jobs 2 --json codegen.json
 
 Runs the real launch code on tensors without memory (`device="meta"`) under a driver that only compiles, so
 that signatures and specialisations are those of a real launch; reads the figures with the cuobjdump
@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,21 +101,17 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def measure(arch: int, only: str = "") -> list[Figures]:
-    """Compile every case whose name contains `only`."""
-    figures: dict[tuple[str, bytes], Figures] = {}
-    for name, launch in CASES.items():
-        if only not in name:
-            continue
+def measure(arch: int, name: str) -> list[Figures]:
+    """Compile the launches of one case; each kernel once, however often it is launched."""
+    figures: dict[bytes, Figures] = {}
 
-        def note(kernel: str, compiled: Any, case: str = name) -> None:
-            cubin = compiled.asm["cubin"]
-            if (case, cubin) in figures:
-                return
+    def note(kernel: str, compiled: Any) -> None:
+        cubin = compiled.asm["cubin"]
+        if cubin not in figures:
             registers, spills = resource_usage(cubin)
             about = compiled.metadata
-            figures[case, cubin] = Figures(
-                case,
+            figures[cubin] = Figures(
+                name,
                 kernel,
                 arch,
                 registers,
@@ -123,23 +121,36 @@ def measure(arch: int, only: str = "") -> list[Figures]:
                 about.num_stages,
             )
 
-        if arch < 89 and "float8" in name:
-            continue
-        with compile_only(arch, note):
-            launch()
+    with compile_only(arch, note):
+        CASES[name]()
     return list(figures.values())
+
+
+def chosen(arch: int, only: list[str]) -> list[str]:
+    """Names of the cases that hold one of `only`, and that the architecture can run."""
+    names = [name for name in CASES if not only or any(part in name for part in only)]
+    return [name for name in names if arch >= 89 or "float8" not in name]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=[80, 90, 100])
-    parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of cases' names")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set, so nothing would be compiled: unset it", file=sys.stderr)
         return 2
-    figures = [one for arch in options.arch for one in measure(arch, options.only)]
+    work = [(arch, name) for arch in options.arch for name in chosen(arch, options.only)]
+    if not work:
+        print(f"no case holds any of {options.only}: {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    # Fresh processes: a fork of one that runs threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        found = pool.map(measure, *zip(*work, strict=True))
+        figures = [one for part in found for one in part]
     width = max((len(one.case) for one in figures), default=0)
     for one in figures:
         print(
