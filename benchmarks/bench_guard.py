@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,7 +36,8 @@ def supervise() -> int | None:
     command, code = [sys.executable, *sys.orig_argv[1:]], LOST
     for _ in range(MOST_STARTS):
         code = subprocess.run(command, env=environment, check=False).returncode
-        if code != LOST:
+        # A compiler may crash too; a signal from outside ends everything.
+        if code != LOST and code not in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
             break
         print("the measuring process is lost: another one continues", flush=True)
         if "--continue" not in command:
