@@ -229,7 +229,7 @@ class _SparseLayer:
                     "this AttentionCall has served a forward pass: make a new one for each"
                 )
             support = {"block_ids": report.block_ids, "block_size": self.geometry.block_size}
-            options = {"query_offset": self.offset, "validate": execution.debug}
+            options: dict[str, Any] = {"query_offset": self.offset, "validate": execution.debug}
             out, lse = ops.sparse_attention(q, k, v, **support, **common, **options)
         if call.measure and report.measures is None:
             self._measure(report, q, k, index_q, index_k)
