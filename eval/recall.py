@@ -5,8 +5,9 @@ token but the last. The decoding kernels return no block ids, so the ids are rea
 answer positions alone, as a chunk behind the prompt that is still in the cache. It costs what reading that
 many more tokens of the prompt would cost (30 of 131,072, say), and is not part of the recorded seconds.
 
-A needle counts as selected by a layer, a group and a position if every block that its tokens touch is
-among the selected ones. Where all blocks fit the budget they all count as selected.
+Of a needle, the share of its tokens that lie in selected blocks counts, for each layer, group and position:
+a needle across a block's end is half selected with one of its blocks, and a blind choice of blocks scores
+the share of blocks that it takes. Where all blocks fit the budget they all count as selected.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def answer_recall(
 
     Returns:
         `share` (mean over layers, groups, answer positions and needles), `first` (at the position that
-        made the first token), `any` (at one answer position at least), `by_layer` (the share of each),
+        made the first token), `any` (at the best answer position), `by_layer` (the share of each),
         `kept` (selected blocks over visible blocks at the first position: what chance would give) and
         `positions`.
     """
@@ -93,7 +94,7 @@ def summarise(
             firsts.append(1.0)
             anys.append(1.0)
         else:
-            hit = torch.stack([_covers(ids, span, block_size) for span in spans]).double()
+            hit = torch.stack([_covered(ids, span, block_size) for span in spans])
             positions = ids.shape[1]
             shares[str(layer)] = float(hit.mean())
             firsts.append(float(hit[..., 0].mean()))
@@ -110,10 +111,10 @@ def summarise(
     }
 
 
-def _covers(ids: Tensor, span: Sequence[int], block_size: int) -> Tensor:
-    """(G, A) bool: are all blocks of the tokens [first, last) among the ids (G, A, K)?"""
-    blocks = range(span[0] // block_size, (span[1] - 1) // block_size + 1)
-    return torch.stack([(ids == block).any(-1) for block in blocks]).all(0)
+def _covered(ids: Tensor, span: Sequence[int], block_size: int) -> Tensor:
+    """(G, A) float64: share of the tokens [first, last) that lie in the blocks of ids (G, A, K)."""
+    blocks = torch.arange(span[0], span[1]) // block_size
+    return (ids[..., None] == blocks).any(-2).double().mean(-1)
 
 
 def _rewind(cache: Any, length: int, reread: Callable[[int], Any]) -> Any:

@@ -161,3 +161,16 @@ def test_predictions_of_another_checkpoint_are_refused_before_a_model_is_loaded(
         note.write_text(json.dumps({**known, "checkpoint": "0" * 64}), encoding="utf-8")
     with pytest.raises(ValueError, match="are of another checkpoint .000000000000"):
         stages.run_ruler(ctx, stage)
+
+
+def test_estimate_is_told_before_the_first_answer_and_not_when_all_is_there(context, capsys):
+    ctx = context()
+    stage = stage_of(ctx, "ruler")
+    stages.run_ruler(ctx, stage)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ruler")]
+    assert lines[0].startswith(
+        "ruler: 12 answers in 6 arms, up to 2 an arm on each of 1 ranks, about"
+    )
+    assert all("prompts, " in line for line in lines[1:]) and len(lines) == 7
+    stages.run_ruler(ctx, stage)
+    assert "ruler" not in capsys.readouterr().out

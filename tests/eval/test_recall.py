@@ -121,11 +121,12 @@ def test_recall_by_hand():
     )
     inside, across = [50, 55], [60, 70]  # block 3; blocks 3 and 4
     found = summarise({1: ids, 2: None}, [inside, across], BLOCK, num_blocks=10)
-    # Layer 1, needle in block 3: yes, yes; no, no. Across 3 and 4: no, yes; no, no. Layer 2 reads all.
-    assert found["by_layer"] == {"1": 3 / 8, "2": 1.0}
-    assert found["share"] == pytest.approx((3 / 8 + 1) / 2, abs=1e-4)
-    assert found["first"] == pytest.approx((1 / 4 + 1) / 2, abs=1e-4)
-    assert found["any"] == pytest.approx((2 / 4 + 1) / 2, abs=1e-4)
+    # Layer 1, needle in block 3: 1, 1; 0, 0. Four tokens in 3 and six in 4: 0.4, 1; 0.6, 0. Layer 2
+    # reads all.
+    assert found["by_layer"] == {"1": 4 / 8, "2": 1.0}
+    assert found["share"] == pytest.approx((4 / 8 + 1) / 2, abs=1e-4)
+    assert found["first"] == pytest.approx(((1 + 0 + 0.4 + 0.6) / 4 + 1) / 2, abs=1e-4)
+    assert found["any"] == pytest.approx(((1 + 0 + 1 + 0.6) / 4 + 1) / 2, abs=1e-4)
     assert found["kept"] == pytest.approx((3.5 / 10 + 1) / 2, abs=1e-4)
     assert found["positions"] == 2
 
