@@ -35,6 +35,8 @@ NOT_IN_FINGERPRINT = (
     ("execution", "debug"),
     ("train", "log_every"),
     ("train", "measure_every"),
+    ("train", "probe_every"),
+    ("train", "probe_samples"),
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),
 )

@@ -56,6 +56,9 @@ __all__ = [
     "WarmupStage",
 ]
 
+MIN_PROMPT_LEN = 512
+"""Tokens of the shortest RULER prompt, answer included (eval/ruler.py); a test compares them."""
+
 
 class Model(Section):
     """Where the dense checkpoint comes from; sources are tried in the order of the fields."""
@@ -223,6 +226,11 @@ class Train(Section):
     """Steps between measurements of coverage and recall on held-out rows."""
     measure_rows: int = Field(1, ge=1)
     """Held-out rows of such a measurement."""
+    probe_every: int | None = Field(None, ge=1)
+    """Steps between probes, counted over all training stages: RULER prompts of data.row_len tokens, which
+    the sparse model answers as it is then (train/probe.py). Default: none. Weights do not depend on it."""
+    probe_samples: int = Field(20, ge=1)
+    """Prompts per task of such a probe."""
     checkpoint_every: int = Field(500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -273,6 +281,16 @@ class Recipe(Section):
                     f"stages.{number}.row_len={row_len} is shorter than one block: use at least "
                     f"sparsity.block_size={block}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_hold_prompts(self) -> Recipe:
+        every, length = self.train.probe_every, self.data.row_len
+        if every is not None and length < MIN_PROMPT_LEN:
+            raise ValueError(
+                f"train.probe_every={every} asks prompts as long as data.row_len={length}, too short for "
+                f"any: use rows of at least {MIN_PROMPT_LEN} tokens, or probe_every: null"
+            )
         return self
 
     @model_validator(mode="after")

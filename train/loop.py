@@ -86,6 +86,8 @@ class StageLoop:
     stop: StopRequests
     save: Callable[[Position], None]
     say: Callable[[str], None]
+    probe: Callable[[], dict[str, float]] | None = None
+    """Answers prompts every `train.probe_every` steps (probe.py)."""
 
     def __post_init__(self) -> None:
         self.frozen = self.stage.backbone_lr is None
@@ -109,6 +111,8 @@ class StageLoop:
         seconds, steps_since = 0.0, 0
         before, entered = position.seconds, time.perf_counter()
         reached = position.step == 0 and self._measure(position)
+        if position.global_step == 0:
+            self._ask(position)
         while position.step < self.num_steps and not reached:
             if self.stop.agreed(self.device):
                 if position.step:
@@ -126,6 +130,7 @@ class StageLoop:
             ended = position.step == self.num_steps
             if ended or position.step % self.train.measure_every == 0:
                 reached = self._measure(position)
+            self._ask(position)
             position.seconds = before + time.perf_counter() - entered
             if not ended and not reached and position.step % self.train.checkpoint_every == 0:
                 self.save(position)
@@ -324,6 +329,11 @@ class StageLoop:
             )
         threshold = self.stage.until_learned_coverage
         return threshold is not None and worst is not None and worst > threshold
+
+    def _ask(self, position: Position) -> None:
+        """Record what the probe's prompts score, where this step is one of theirs."""
+        if self.probe is not None and position.global_step % self.train.probe_every == 0:
+            self._log(position, self.probe())
 
     @torch.no_grad()
     def _measure_row(self, batch: Any) -> dict[str, float]:

@@ -48,16 +48,17 @@ NAMES: dict[str, str] = {
     "perf/tokens_per_s": "training tokens per second, all ranks, since the last record",
     "perf/mfu_pct": "analytic model FLOP/s over the device's peak, per cent (train/flops.py)",
     "perf/step_s": "seconds per optimizer step since the last record",
+    "perf/probe_s": "seconds of one probe during training, which are in no other number of speed",
     "memory/peak_gib": "largest peak of any rank: CUDA allocations, or resident memory on CPU",
+    "probe/TASK": "RULER score of the probe during training (train/probe.py), 0 to 100",
     "eval/TASK": "results of the evaluation stages, for example eval/ruler/1k/niah_single_1",
 }
 """Every name with its meaning; `NN` is a layer number of two digits or more."""
 
 _EVAL = r"eval/(?:probe|perplexity|ruler|longbench|report)(?:/[a-z0-9_.-]+)+"
+_OPEN = {"eval/TASK": _EVAL, "probe/TASK": r"probe/[a-z0-9_]+"}
 _DECLARED = re.compile(
-    "|".join(
-        _EVAL if name == "eval/TASK" else re.escape(name).replace("NN", r"\d{2,}") for name in NAMES
-    )
+    "|".join(_OPEN.get(name, re.escape(name).replace("NN", r"\d{2,}")) for name in NAMES)
 )
 
 

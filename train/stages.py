@@ -37,6 +37,7 @@ from .flops import model_cost, peak_flops
 from .loop import Position, StageLoop
 from .losses import Objective, check_head
 from .metrics import truncate
+from .probe import ProbePrompts, TrainingProbe, probe_prompts
 from .start import save_folder
 
 TRAINING = ("warmup", "sparse")
@@ -74,6 +75,7 @@ def run_training_stage(
     _seed(recipe.train.seed + index)
     if stage.activation_checkpointing and stage.backbone_lr is None:
         context.say(f"{context.label(index)}: a frozen backbone keeps no activations to recompute")
+    prompts = probe_prompts(context, source)
     model = convert.load(source, dtype=torch.float32, execution=Execution.of(recipe.execution))
     check_head(model)
     set_checkpointing(model, stage)
@@ -113,6 +115,7 @@ def run_training_stage(
         stop=context.stop,
         save=lambda at: _save(context, index, engine, loader, at),
         say=context.say,
+        probe=None if prompts is None else _probe(context, engine, prompts),
     )
     with context.stop.at_step_boundaries():
         ended_by = loop.run(position)
@@ -158,6 +161,11 @@ def _loader(context: RunContext, index: int, tokenizer: Any) -> RowLoader:
         world_size=context.world_size,
         cache_dir=recipe.data.cache_dir,
     )
+
+
+def _probe(context: RunContext, engine: Any, prompts: ProbePrompts) -> TrainingProbe:
+    place = {"rank": context.rank, "world_size": context.world_size}
+    return TrainingProbe(engine, prompts, device=context.device, **place)
 
 
 def _heldout(context: RunContext, stage: Any, tokenizer: Any) -> list[Any]:

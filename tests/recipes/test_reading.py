@@ -149,6 +149,8 @@ def test_zero_stage_is_1_unless_said(tmp_path: Path) -> None:
         "data.cache_dir=/c",
         "train.log_every=7",
         "train.measure_every=9",
+        "train.probe_every=9",
+        "train.probe_samples=9",
         "train.checkpoint_every=9",
         "train.keep_checkpoints=5",
     ],
