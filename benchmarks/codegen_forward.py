@@ -20,7 +20,7 @@ def _attend(
     width: int,
     block_size: int,
     top_k: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     q, k = (
         torch.empty(1, length, number, width, dtype=dtype, device="meta").transpose(1, 2)
@@ -46,7 +46,7 @@ def _select(
 
 CASES: dict[str, Callable[[], None]] = {
     f"attend-{heads}/{groups}-d{width}-b{block}-{length >> 10}K": partial(
-        _attend, length, heads, groups, width, block, 16, torch.bfloat16
+        _attend, length, heads, groups, width, block, 16
     )
     for length, heads, groups, width, block in (
         (1 << 20, 64, 4, 128, 128),
@@ -70,5 +70,12 @@ CASES |= {
         (4, 128, 64, torch.bfloat16, False),
         (2, 256, 16, torch.bfloat16, False),
         (4, 128, 16, torch.float8_e4m3fn, False),
+        (4, 128, 16, torch.float32, True),
     )
+}
+CASES |= {
+    f"attend-32/8-d128-b128-32K-{str(dtype)[6:]}": partial(
+        _attend, 1 << 15, 32, 8, 128, 128, 16, dtype
+    )
+    for dtype in (torch.float16, torch.float32)
 }
