@@ -14,12 +14,16 @@ _COLOURS = 8
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points (x, y) in order of x; `colour` is an index into the page's palette."""
+    """One line: points (x, y) in order of x; `colour` is an index into the page's palette.
+
+    `band` gives (low, high) at each point, drawn as a tinted area.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
     dashed: bool = False
+    band: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,29 @@ def line_chart(
     y_label: str,
     marks: Sequence[tuple[float, str]] = (),
     y_range: tuple[float, float] | None = None,
+    doubling: bool = False,
+    zero: bool = False,
 ) -> str:
-    """Lines over x, with a legend; `marks` are vertical lines with a word, such as a stage's begin."""
+    """Lines over x, with a legend.
+
+    Args:
+        marks: vertical lines with a word, such as a stage's begin.
+        doubling: x on a logarithmic scale, with ticks at the points.
+        zero: a line at y = 0, which is then inside.
+    """
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points if math.isfinite(y)]
+    ys += [end for one in series for ends in one.band for end in ends] + [0.0] * zero
     if not xs or not ys:
         return ""
     low, high = y_range or _padded(min(ys), max(ys))
-    frame = _Frame(min(xs), max(xs), low, high)
-    parts = [_axes(frame, x_label, y_label)]
+    frame = _Frame(min(xs), max(xs), low, high, doubling)
+    parts = [_axes(frame, x_label, y_label, sorted(set(xs)) if doubling else None)]
+    if zero:
+        y = frame.y(0.0)
+        parts.append(
+            f'<line class="zero" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
     for x, word in marks:
         parts.append(
             f'<line class="mark" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" y1="{_TOP}" '
@@ -60,6 +78,14 @@ def line_chart(
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in kept)
         dash = ' stroke-dasharray="5 4"' if one.dashed else ""
         colour = f"var(--c{one.colour % _COLOURS})"
+        if one.band:
+            edge = [(x, high) for (x, _), (_, high) in zip(one.points, one.band, strict=True)]
+            edge += [
+                (x, low)
+                for (x, _), (low, _) in reversed(list(zip(one.points, one.band, strict=True)))
+            ]
+            outline = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in edge)
+            parts.append(f'<polygon class="band" fill="{colour}" points="{outline}"/>')
         parts.append(f'<polyline fill="none" stroke="{colour}"{dash} points="{path}"/>')
         if len(kept) <= 40:
             parts += [
@@ -119,12 +145,11 @@ def number(value: float) -> str:
     """A short number for axes and tips."""
     if value == 0:
         return "0"
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
+    size, name = abs(value), ""
     if size >= 1e4:
-        return f"{value / 1e3:.3g}k"
-    return f"{value:.3g}"
+        size, name = (size / 1e6, "M") if size >= 1e6 else (size / 1e3, "k")
+    sign = "\N{MINUS SIGN}" if value < 0 else ""
+    return f"{sign}{size:.3g}{name}"
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -144,10 +169,13 @@ class _Frame:
     x_high: float
     y_low: float
     y_high: float
+    doubling: bool = False
 
     def x(self, value: float) -> float:
-        width = max(self.x_high - self.x_low, 1e-12)
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (value - self.x_low) / width
+        low, high = self.x_low, self.x_high
+        if self.doubling:
+            low, high, value = (math.log2(one) for one in (low, high, value))
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (value - low) / max(high - low, 1e-12)
 
     def y(self, value: float) -> float:
         inside = min(max(value, self.y_low), self.y_high)
@@ -155,7 +183,8 @@ class _Frame:
         return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * share
 
 
-def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
+def _axes(frame: _Frame, x_label: str, y_label: str, places: Sequence[float] | None) -> str:
+    """Ticks, grid and labels; `places` are the x ticks where they are not round numbers."""
     parts = []
     for tick in ticks(frame.y_low, frame.y_high):
         y = frame.y(tick)
@@ -164,10 +193,11 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
             f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{number(tick)}</text>'
         )
     if frame.x_high > frame.x_low:
-        for tick in ticks(frame.x_low, frame.x_high, 6):
+        for tick in places or ticks(frame.x_low, frame.x_high, 6):
+            shown = f"{tick / 1024:g}K" if places and tick % 1024 == 0 else number(tick)
             parts.append(
                 f'<text class="tick" text-anchor="middle" x="{frame.x(tick):.1f}" '
-                f'y="{HEIGHT - _BOTTOM + 16}">{number(tick)}</text>'
+                f'y="{HEIGHT - _BOTTOM + 16}">{shown}</text>'
             )
     middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
     parts.append(

@@ -209,7 +209,7 @@ def summarise(folder: Path, num_rows: int) -> dict[str, Any]:
         "row_tokens": tokens,
         "seconds": round(seconds, 1),
     }
-    rows = [records[name].get("positions") for name in wanted]
+    rows: list[Any] = [records[name].get("positions") for name in wanted]
     if all(rows):  # a folder of an earlier version has sums only
         found |= {"row_positions": rows, "positions": _positions(rows)}
     if (folder / SHAPE).is_file():

@@ -9,12 +9,15 @@ from html import escape
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell; `heat` (0 to 100) tints it, `note` is its tooltip, `small` stands below."""
+    """One table cell; `note` is its tooltip, `small` stands below."""
 
     text: str
     heat: float | None = None
+    """Tint from 0 to 100; in a table of changes from -100 (worse) to 100 (better)."""
     note: str = ""
     small: str = ""
+    moot: bool = False
+    """Uninformative: hatched and marked with an asterisk."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,17 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     caption: str = ""
+    half: bool = False
+    """Whether two stand side by side."""
+    grid: bool = False
+    """A heat map: cells of one width, numbers in the middle."""
+    fold: str = ""
+    """Summary that it is folded away under."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` may be "warn" for what limits a result."""
+    """A paragraph; `kind` may be "warn" for what limits a result, "head" for a title inside a section."""
 
     text: str
     kind: str = ""
@@ -61,15 +70,45 @@ class Details:
     text: str
 
 
-Block = Table | Text | Chart | Details
+@dataclass(frozen=True)
+class Side:
+    """One arm's answer: who, its score, what it said, what is known of it."""
+
+    name: str
+    score: str
+    said: str
+    note: str = ""
+    right: bool = False
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One sample that two arms answered differently."""
+
+    name: str
+    wanted: str
+    sides: tuple[Side, Side]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Answers side by side."""
+
+    summary: str
+    flips: Sequence[Flip]
+    open: bool = True
+
+
+Block = Table | Text | Chart | Details | Flips
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with its blocks."""
+    """A heading with its blocks; `intro` says in a line how to read it."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)
+    intro: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +136,8 @@ def to_html(page: Page, style: str) -> str:
     )
     body = "".join(
         f'<section id="s{place}"><h2>{escape(section.title)}</h2>'
-        f"{''.join(map(_html, section.blocks))}</section>"
+        + (f'<p class="intro">{escape(section.intro)}</p>' if section.intro else "")
+        + f"{''.join(map(_html, section.blocks))}</section>"
         for place, section in enumerate(page.sections)
     )
     return (
@@ -113,14 +153,16 @@ def to_html(page: Page, style: str) -> str:
 def to_markdown(page: Page) -> str:
     """The same in Markdown, without the pictures."""
     lines = [f"# {page.title}", "", page.subtitle, ""]
-    lines += [f"**{line}**" if not place else line for place, line in enumerate(page.verdict)]
-    lines.append("")
+    for place, line in enumerate(page.verdict):
+        lines += [f"**{line}**" if not place else line, ""]
     lines += [
         f"- {card.label}: **{card.figure}**" + (f" ({card.detail})" if card.detail else "")
         for card in page.cards
     ]
     for section in page.sections:
         lines += ["", f"## {section.title}"]
+        if section.intro:
+            lines += ["", section.intro]
         for block in section.blocks:
             lines += ["", *_markdown(block)]
     return "\n".join(lines) + "\n"
@@ -128,6 +170,8 @@ def to_markdown(page: Page) -> str:
 
 def _html(block: Block) -> str:
     if isinstance(block, Text):
+        if block.kind == "head":
+            return f"<h3>{escape(block.text)}</h3>"
         return f'<p class="{escape(block.kind)}">{escape(block.text)}</p>'
     if isinstance(block, Chart):
         if not block.svg:
@@ -140,40 +184,75 @@ def _html(block: Block) -> str:
             f"<details><summary>{escape(block.summary)}</summary>"
             f"<pre>{escape(block.text)}</pre></details>"
         )
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in block.columns)
-    rows = "".join(f"<tr>{_html_row(row)}</tr>" for row in block.rows)
-    caption = f"<caption>{escape(block.caption)}</caption>" if block.caption else ""
-    return (
-        f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>'
+    if isinstance(block, Flips):
+        shown = "".join(map(_html_flip, block.flips))
+        seen = " open" if block.open else ""
+        return f"<details{seen}><summary>{escape(block.summary)}</summary>{shown}</details>"
+    return _html_table(block)
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    rows = "".join(f"<tr>{_html_row(row)}</tr>" for row in table.rows)
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    names = " ".join(["scroll", *["half"] * table.half, *["grid"] * table.grid])
+    html = (
+        f'<div class="{names}"><table>{caption}<thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
+    if not table.fold:
+        return html
+    return f"<details><summary>{escape(table.fold)}</summary>{html}</details>"
 
 
 def _html_row(row: Sequence[Cell | str]) -> str:
     parts = []
     for place, given in enumerate(row):
         cell = given if isinstance(given, Cell) else Cell(given)
-        if place == 0:
-            parts.append(f'<th scope="row">{escape(cell.text)}</th>')
-            continue
-        heat = (
-            ""
-            if cell.heat is None
-            else f' class="heat" style="--heat:{max(0.0, min(100.0, cell.heat)):.0f}%"'
-        )
-        note = f' title="{escape(cell.note)}"' if cell.note else ""
         small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
-        parts.append(f"<td{heat}{note}>{escape(cell.text)}{small}</td>")
+        if place == 0:
+            parts.append(f'<th scope="row">{escape(cell.text)}{small}</th>')
+            continue
+        names, style = [], ""
+        if cell.heat is not None:
+            names = ["heat", "worse"] if cell.heat < 0 else ["heat"]
+            style = f' style="--heat:{min(100.0, abs(cell.heat)):.0f}%"'
+        if cell.moot:
+            names.append("moot")
+        kind = f' class="{" ".join(names)}"' if names else ""
+        note = f' title="{escape(cell.note)}"' if cell.note else ""
+        parts.append(f"<td{kind}{style}{note}>{escape(_text(cell))}{small}</td>")
     return "".join(parts)
+
+
+def _html_flip(flip: Flip) -> str:
+    sides = "".join(
+        f'<div class="{"right" if side.right else "wrong"}"><b>{escape(side.name)}</b>'
+        f"<i>{escape(side.score)}</i><q>{escape(side.said)}</q><small>{escape(side.note)}</small></div>"
+        for side in flip.sides
+    )
+    head = f"<code>{escape(flip.name)}</code> wanted <b>{escape(flip.wanted)}</b>"
+    return f'<div class="flip"><p>{head}</p><div class="sides">{sides}</div></div>'
 
 
 def _markdown(block: Block) -> list[str]:
     if isinstance(block, Text):
+        if block.kind == "head":
+            return [f"### {block.text}"]
         return [f"> {block.text}" if block.kind == "warn" else block.text]
     if isinstance(block, Chart):
         return [f"*{block.caption} (picture: see the HTML report)*"] if block.svg else []
     if isinstance(block, Details):
-        return [f"{block.summary}:", "", "```", block.text.replace("```", "'''"), "```"]
+        return [f"{block.summary}:", "", "```", _fenced(block.text), "```"]
+    if isinstance(block, Flips):
+        text = "\n\n".join(
+            "\n".join(
+                [f"{flip.name}   wanted: {flip.wanted}"]
+                + [f"  {side.name} ({side.score}): {side.said}" for side in flip.sides]
+            )
+            for flip in block.flips
+        )
+        return [f"{block.summary}:", "", "```", _fenced(text), "```"]
     rows = [[_plain(cell) for cell in row] for row in block.rows]
     lines = [f"{block.caption}", ""] if block.caption else []
     lines.append("| " + " | ".join(block.columns) + " |")
@@ -183,7 +262,15 @@ def _markdown(block: Block) -> list[str]:
     ]
 
 
+def _fenced(text: str) -> str:
+    return text.replace("```", "'''")
+
+
+def _text(cell: Cell) -> str:
+    return f"{cell.text}*" if cell.moot else cell.text
+
+
 def _plain(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return cell
-    return f"{cell.text} ({cell.small})" if cell.small else cell.text
+    return f"{_text(cell)} ({cell.small})" if cell.small else _text(cell)

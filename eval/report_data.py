@@ -25,7 +25,9 @@ class RunFiles:
 
     def final(self, kind: str) -> list[dict[str, Any]]:
         """Results of a kind that measured the newest weights that any comparison of arms measured."""
-        measured = [one for kind in ("perplexity", "ruler") for one in self.results.get(kind, [])]
+        kinds = ("perplexity", "ruler", "longbench")
+        found = [one for kind in kinds for one in self.results.get(kind, [])]
+        measured = [one for one in found if one.get("measured", True)]
         if not measured:
             return []
         newest = max(measured, key=lambda one: one["stage"])
@@ -39,7 +41,7 @@ class RunFiles:
 
     def top_k(self) -> int | None:
         """The budget that was trained for: of the checkpoint that was measured, else the recipe's."""
-        for one in [*self.results["perplexity"], *self.results["ruler"], *self.results["probe"]]:
+        for one in (one for kind in ("perplexity", "ruler", "probe") for one in self.results[kind]):
             if "checkpoint_top_k" in one:
                 return int(one["checkpoint_top_k"])
         wanted = self.recipe.get("sparsity", {}).get("top_k")

@@ -1,13 +1,23 @@
-"""Report sections of the run itself: curves, index branch, environment, what is missing."""
+"""Report sections of the run itself: curves, counts of outputs, what is missing, environment, checksums."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
+from ..recipes.stages import RULER_TASKS
 from .charts import Series, line_chart
 from .report_blocks import Cell, Chart, Details, Section, Table, Text
 from .report_data import RunFiles, duration
-from .report_results import measured_tasks, when
+from .report_longbench import missing_tasks
+from .report_words import arm_name, measured_tasks
+
+NAMES = {
+    "probe": "the oracle probe",
+    "perplexity": "perplexity",
+    "ruler": "RULER",
+    "longbench": "LongBench",
+}
 
 _CURVES = (
     (
@@ -54,68 +64,66 @@ def training_section(run: RunFiles) -> Section:
     return section
 
 
-def index_section(run: RunFiles) -> Section:
-    """Learned coverage by layer after each training stage, and at the start where it was probed."""
-    section = Section("Index branch: learned coverage after each stage")
-    states: list[tuple[str, dict[int, float]]] = []
-    for result in run.results["probe"]:
-        for entry in result["budgets"]:
-            layers = entry["layers"].get("learned_coverage")
-            if layers and entry["top_k"] == run.top_k():
-                named = {int(layer): value for layer, value in layers.items()}
-                states.append((f"probe {when(run, result)}", named))
-    for number, label in run.training_stages():
-        layers = run.by_layer("learned_coverage", number)
-        if layers:
-            states.append((f"after {label}", layers))
-    if not states:
-        return section
+def outputs_section(run: RunFiles) -> Section:
+    """How many answers were cut short, empty or at their limit, and how many prompts lost their middle."""
+    intro = "At the limit: as many new tokens as the task allows, with no end of its own."
+    section = Section("Outputs that were truncated, empty or at their limit", intro=intro)
     rows: list[list[Cell | str]] = []
-    for label, layers in states:
-        worst = min(layers.items(), key=lambda item: item[1])[0]
-        mean = sum(layers.values()) / len(layers)
-        rows.append(
-            [label, f"{mean:.4f}", f"{layers[worst]:.4f}", f"layer {worst}", str(len(layers))]
-        )
-    caption = (
-        "share of the attention mass beyond the forced blocks that the index branch finds, of what the "
-        "oracle finds with as many blocks; last measurement of each stage"
-    )
-    section.blocks.append(Table(["state", "mean", "worst", "where", "layers"], rows, caption))
-    series = [
-        Series(label, [(float(layer), value) for layer, value in layers.items()], colour)
-        for colour, (label, layers) in enumerate(states)
-    ]
-    chart = line_chart(series, x_label="layer", y_label="learned coverage")
-    section.blocks.append(Chart(chart, "Learned coverage by layer"))
+    for kind in ("ruler", "longbench"):
+        for result in run.results[kind]:
+            for label, arm in result.get("arms", {}).items():
+                cells = [cell for tasks in arm["scores"].values() for cell in tasks.values()]
+                answers = sum(cell["samples"] for cell in cells)
+                where = f"{NAMES[kind]}, stage {result['stage']}: {arm_name(label)}"
+                rows.append([where, f"{answers:,}", *_counts(cells, answers)])
+    if rows:
+        section.blocks.append(Table(["answers of", "all", *_COUNTED.values()], rows))
     return section
+
+
+_COUNTED = {"truncated": "prompt truncated", "empty": "empty", "at_limit": "at the limit"}
+
+
+def _counts(cells: list[dict[str, Any]], answers: int) -> list[str]:
+    """Each count with its share; nothing where it was not recorded."""
+    found = []
+    for name in _COUNTED:
+        if not all(name in cell for cell in cells):
+            found.append("not recorded")
+            continue
+        count = sum(cell[name] for cell in cells)
+        found.append(f"{count:,} ({100 * count / answers:.1f} %)" if count else "0")
+    return found
 
 
 def missing_section(run: RunFiles) -> Section:
     """What this report does not say."""
     section = Section("What was not measured, and what limits the rest")
-    for kind, words in (
-        ("probe", "the oracle probe"),
-        ("perplexity", "perplexity"),
-        ("ruler", "RULER"),
-    ):
-        if not run.results[kind]:
-            section.blocks.append(Text(f"Not measured: {words}."))
-    longbench = run.results["longbench"]
-    reason = longbench[-1]["reason"] if longbench else "no such stage in this run"
-    section.blocks.append(Text(f"Not measured: LongBench ({reason})."))
+    for kind, name in NAMES.items():
+        if not any(one.get("measured", True) for one in run.results[kind]):
+            said = [one["reason"] for one in run.results[kind] if one.get("reason")]
+            reason = said[-1] if said else "no such stage has finished in this run"
+            section.blocks.append(Text(f"Not measured: {name} ({reason})."))
+            continue
+        for result in run.results[kind]:
+            for sentence in missing_tasks(result):
+                section.blocks.append(Text(f"Not measured: {name}, {sentence}."))
     for ruler in run.final("ruler"):
         tasks = ", ".join(measured_tasks(ruler)) or "no task"
+        wide = (
+            " are wide; read them, not the points"
+            if ruler["samples"] < 100
+            else " say what that is worth"
+        )
         section.blocks.append(
             Text(
-                f"RULER, {tasks}: {ruler['label']}. With {ruler['samples']} prompts a task, intervals are "
-                "wide; read them, not the points."
+                f"RULER, {tasks}: {ruler['label']}. With {ruler['samples']} prompts a task, "
+                f"intervals{wide}."
             )
         )
-    if run.results["ruler"]:
-        section.blocks.append(
-            Text("RULER: the question-answering tasks are not part of this version.")
-        )
+        absent = [task for task in RULER_TASKS if task not in measured_tasks(ruler)]
+        if absent:
+            section.blocks.append(Text(f"Not part of these means: {', '.join(absent)}."))
     section.blocks.append(
         Text(
             "One run, one seed: the intervals cover the choice of prompts and rows, not another training. "
@@ -154,8 +162,17 @@ def environment_section(run: RunFiles) -> Section:
 
 
 def _checksums(run: RunFiles) -> list[list[Cell | str]]:
+    """What was measured on, by the checksums that the stages recorded."""
     found = [
-        (f"ruler prompts, stage {one['stage']}", one["prompts"]) for one in run.results["ruler"]
+        (f"{NAMES[kind]} prompts, stage {one['stage']}", one["prompts"])
+        for kind in ("ruler", "longbench")
+        for one in run.results[kind]
+        if one.get("prompts")
+    ]
+    found += [
+        (f"LongBench records of {task}, {source['taken']} of {source['records']}", source["sha256"])
+        for one in run.results["longbench"]
+        for task, source in (one.get("sources") or {}).items()
     ]
     found += [
         (f"held-out rows, stage {one['stage']}", one["rows_digest"])

@@ -4,11 +4,11 @@ STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfaf7; --panel: #ffffff; --ink: #1d2226; --muted: #667078; --line: #e3e0d8; --warn: #8a5a00;
   --c0: #5f6b76; --c1: #d55e00; --c2: #0072b2; --c3: #8c4bb5; --c4: #009e73; --c5: #b8860b; --c6: #c2447c;
-  --c7: #3f8f9f; --good: #2a9d6f; }
+  --c7: #3f8f9f; --good: #2a9d6f; --bad: #d1495b; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171a; --panel: #1c2125; --ink: #e6e8e6; --muted: #97a1a8; --line: #30373d; --warn: #e0b052;
   --c0: #a3adb6; --c1: #f28e4b; --c2: #5ab4ee; --c3: #c08ae0; --c4: #45c79b; --c5: #e0b83f; --c6: #e985b2;
-  --c7: #78c4d2; --good: #3fb886; } }
+  --c7: #78c4d2; --good: #3fb886; --bad: #ec7384; } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif }
@@ -37,8 +37,25 @@ tbody tr:last-child > * { border-bottom: 0 }
 th:first-child { text-align: left } tbody th { font-weight: 500; white-space: nowrap }
 thead th { color: var(--muted); font-weight: 500; vertical-align: bottom }
 td:only-of-type { text-align: left; overflow-wrap: anywhere }
-td small { display: block; color: var(--muted); font-size: 12px; white-space: nowrap }
-.heat { background: color-mix(in srgb, var(--good) calc(var(--heat) * .42), transparent) }
+td small, tbody th small { display: block; font-weight: 400; color: var(--muted); font-size: 12px;
+  white-space: nowrap }
+.heat { background-color: color-mix(in srgb, var(--good) calc(var(--heat) * .58), transparent) }
+.heat.worse { background-color: color-mix(in srgb, var(--bad) calc(var(--heat) * .55), transparent) }
+.moot { color: var(--muted); background-image: repeating-linear-gradient(135deg, transparent 0 5px,
+  color-mix(in srgb, var(--muted) 22%, transparent) 5px 6px) }
+.grid table { table-layout: fixed } .grid td, .grid thead th:not(:first-child) { text-align: center }
+.grid td { border: 2px solid var(--panel); padding: 7px 4px } .grid th:first-child { width: 158px }
+.grid.half th:first-child { width: 140px } .grid.half { font-size: 13px }
+.intro { color: var(--muted); margin: 0 0 6px; max-width: 78ch }
+h3 { font-size: 16px; margin: 22px 0 2px }
+.flip { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px;
+  margin: 10px 0; break-inside: avoid } .flip p { margin: 0 0 8px; overflow-wrap: anywhere }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 12px }
+.sides div { border-left: 3px solid var(--bad); padding-left: 10px; min-width: 0 }
+.sides .right { border-color: var(--good) } .sides b { font-weight: 600 } .sides i { float: right }
+.sides q { display: block; overflow-wrap: anywhere; white-space: pre-wrap; quotes: none;
+  font-family: ui-monospace, monospace; font-size: 13px; margin: 4px 0 }
+.sides small { color: var(--muted) }
 figure { margin: 14px 0; background: var(--panel); border: 1px solid var(--line); border-radius: 10px;
   padding: 16px 18px 12px }
 section { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); column-gap: 14px }
@@ -48,7 +65,7 @@ figcaption { color: var(--muted); font-size: 13px; margin-top: 6px }
 svg { display: block; width: 100%; max-width: 780px; height: auto; margin: 0 auto; font-size: 11px }
 svg polyline { stroke-width: 2; stroke-linejoin: round }
 svg text { fill: var(--muted) } svg .row { fill: var(--ink) }
-svg .grid { stroke: var(--line) } svg .zero { stroke: var(--ink) }
+svg .band { opacity: .16 } svg .grid { stroke: var(--line) } svg .zero { stroke: var(--ink) }
 svg .mark { stroke: var(--muted); stroke-dasharray: 2 3 }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; justify-content: center; font-size: 13px }
 .legend i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle }
@@ -56,7 +73,10 @@ svg .mark { stroke: var(--muted); stroke-dasharray: 2 3 }
 details { margin: 12px 0; font-size: 14px } summary { cursor: pointer; color: var(--c2) }
 pre { overflow-x: auto; white-space: pre-wrap; background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; padding: 12px 14px; font-size: 12.5px; line-height: 1.5 }
-@media print { body { font-size: 12px } nav { display: none } .scroll, figure, .card { break-inside: avoid }
+@media print { :root { color-scheme: light } body { font-size: 12px; background: #fff }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact } 
+  h2, h3 { break-after: avoid }
+  nav { display: none } .scroll, figure, .card { break-inside: avoid }
   main { max-width: none; padding: 0 } }
 @media (max-width: 700px) { section { grid-template-columns: minmax(0, 1fr) }
   main { padding: 24px 12px } th, td { padding: 6px 8px } h1 { font-size: 24px } }

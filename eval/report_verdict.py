@@ -9,30 +9,131 @@ from typing import Any
 
 from .report_blocks import Card
 from .report_data import RunFiles, duration
-from .report_results import listed, measured_tasks, ruler_name, signed, span, start_name, when
+from .report_words import (
+    budgets,
+    find_pair,
+    length_name,
+    listed,
+    main_budget,
+    measured_lengths,
+    measured_tasks,
+    overall,
+    plain,
+    ruler_name,
+    signed,
+    span,
+    start_name,
+    when,
+)
+
+_CAUSES = ("training drift", "budget cost", "indexer error")
 
 
 def verdict(run: RunFiles) -> list[str]:
-    """What the conversion cost, in sentences with intervals; one sentence a budget."""
-    perplexities, rulers = run.final("perplexity"), run.final("ruler")
-    if not perplexities and not rulers:
+    """What the conversion cost: one sentence with interval, margin and causes; then the other measures."""
+    scored = [
+        (kind, one)
+        for kind in ("ruler", "longbench")
+        for one in run.final(kind)
+        if kind == "ruler" or one.get("measured")
+    ]
+    perplexities = run.final("perplexity")
+    if not scored and not perplexities:
         return ["Nothing has been measured yet: no evaluation stage of this run has finished."]
-    parts: dict[int, list[str]] = {}
-    for result in perplexities:
-        several = f" (stage {result['stage']})" if perplexities[1:] else ""
-        for top_k, said in _perplexity_parts(run, result, several):
-            parts.setdefault(top_k, []).append(said)
-    for result in rulers:
-        for top_k, said in _ruler_parts(run, result):
-            parts.setdefault(top_k, []).append(said)
-    blocks = f" of {perplexities[-1]['blocks']}" if perplexities else ""
-    lines = [
-        f"Reading {top_k}{blocks} blocks, {', and '.join(_head_and_last(said))}."
-        for top_k, said in parts.items()
-    ] or ["Measured, but without a pair of arms to compare."]
-    lines[0] = _unfinished(run, [*perplexities, *rulers][-1]) + lines[0]
-    causes = [_decomposition(run, result) for result in perplexities[-1:]]
-    return [line for line in (*lines, *causes, _start(run)) if line]
+    # The result over most cells speaks first: a mean over tasks, not one of them.
+    scored.sort(key=lambda found: (found[0] != "ruler", -len(measured_tasks(found[1]))))
+    lines = [_score_line(run, kind, one) for kind, one in scored]
+    lines += [_perplexity_line(run, one, perplexities) for one in perplexities]
+    lines = [line for line in lines if line] or ["Measured, but without a pair of arms to compare."]
+    newest = [*perplexities, *(one for _, one in scored)][-1]
+    lines[0] = _unfinished(run, newest) + lines[0]
+    return [line for line in (*lines, _start(run)) if line]
+
+
+def _score_line(run: RunFiles, kind: str, result: dict[str, Any]) -> str:
+    """`Converted to read 16 blocks, the model loses ... (interval), within the margin ..., by cause ...`"""
+    top_k = main_budget(run, result)
+    pair = _main_pair(result, top_k)
+    entry = None if pair is None else overall(pair)
+    if pair is None or entry is None:
+        return ""
+    tasks, lengths = measured_tasks(result), measured_lengths(result)
+    where = f"at {listed([length_name(length) for length in lengths])} tokens"
+    what = f"{'the ' if tasks[1:] else ''}{ruler_name(tasks)} {where}"
+    if kind == "longbench":
+        what = f"LongBench (mean of {len(tasks)} task{'s' if tasks[1:] else ''})"
+    answers = f"{entry['lost']['samples']} paired answers"
+    whole = pair["meaning"] == "whole conversion"
+    begin = "Converted to read" if whole else "Reading"
+    begin += f" {top_k} {_blocks(result)}{'' if whole else ' instead of all'}, the"
+    begin += f" {'' if whole else 'converted '}model"
+    if entry["unseen_share"] is not None:
+        share = f"{100 * entry['unseen_share']:.0f} %"
+        said = (
+            f"has the same score on every prompt of {what} ({answers}; up to {share} could change)"
+        )
+    else:
+        lost = entry["lost"]
+        points, ends = plain(lost).split(" (")
+        said = f"loses {points} points of {what} (95 % interval {ends[:-1]}, {answers})"
+        if lost["estimate"] < 0:
+            said = f"gains {-lost['estimate']:.1f} points of {what} (95 % interval of what is lost "
+            said += f"{ends[:-1]}, {answers})"
+    parts = [f"{begin} {said}", _judged(result, entry), _causes(result, top_k)]
+    return ", ".join(part for part in parts if part) + "."
+
+
+def _blocks(result: dict[str, Any]) -> str:
+    size = result.get("block_size")
+    return f"blocks of {size} tokens" if size else "blocks"
+
+
+def _judged(result: dict[str, Any], entry: dict[str, Any]) -> str:
+    """What the recorded verdict says about the margin."""
+    margin = result.get("margin")
+    if margin is None or "verdict" not in entry:
+        return ""
+    points = f"{margin:g} point{'' if margin == 1 else 's'}"
+    return {
+        "non-inferior": f"which is within the margin of {points}",
+        "inferior": f"which is beyond the margin of {points}",
+        "undecided": f"too few answers to say whether that is within the margin of {points}",
+    }[entry["verdict"]]
+
+
+def _causes(result: dict[str, Any], top_k: int | None) -> str:
+    """`by cause: training drift +0.1, budget cost +0.3, indexer error +0.8 (the largest)`."""
+    found = {}
+    for meaning in _CAUSES:
+        pair = find_pair(result, meaning, top_k)
+        entry = None if pair is None else overall(pair)
+        if entry is not None:
+            found[meaning] = entry["lost"]
+    if len(found) < 2:
+        return ""
+    parts = [f"{name} {plain(gap)}" for name, gap in found.items()]
+    return f"by cause: {listed(parts)}"
+
+
+def _perplexity_line(run: RunFiles, result: dict[str, Any], every: list[dict[str, Any]]) -> str:
+    top_k = main_budget(run, result)
+    pair = _main_pair(result, top_k)
+    if pair is None:
+        return ""
+    change = pair["change_pct"]
+    several = f" (stage {result['stage']})" if every[1:] else ""
+    moved = f"{_moved(change['estimate'], 2, ' %')} than {_reference(pair)}"
+    said = f"Reading {top_k} of {result['blocks']} blocks, perplexity{several} is {moved}"
+    parts = [f"{said} ({_interval(change, 2, ' %')})"]
+    named = [(name, find_pair(result, name, top_k)) for name in _CAUSES]
+    causes = [
+        f"{name} {signed(found['change_pct']['estimate'])} % ({span(found['change_pct'])} %)"
+        for name, found in named
+        if found
+    ]
+    if len(causes) > 1:
+        parts.append(f"by cause: {listed(causes)}")
+    return ", ".join(parts) + "."
 
 
 def cards(run: RunFiles) -> list[Card]:
@@ -40,13 +141,13 @@ def cards(run: RunFiles) -> list[Card]:
     found: list[Card] = []
     dense = "converted_dense"
     for result in run.final("perplexity"):
-        arms, top_k = result["arms"], _budget(run, result)
+        arms, top_k = result["arms"], main_budget(run, result)
         sparse = arms.get(f"converted_sparse-k{top_k}")
         if sparse:
             against = f"{arms[dense]['perplexity']:.2f} dense" if dense in arms else ""
             found.append(Card(f"{sparse['perplexity']:.2f}", f"perplexity, k = {top_k}", against))
     for result in run.final("ruler"):
-        arms, top_k = result["arms"], _budget(run, result)
+        arms, top_k = result["arms"], main_budget(run, result)
         sparse = arms.get(f"converted_sparse-k{top_k}", {"means": {}})
         for length, mean in sparse["means"].items():
             base = arms.get(dense, {}).get("means", {}).get(length)
@@ -54,7 +155,7 @@ def cards(run: RunFiles) -> list[Card]:
             detail = f"{result['samples']} prompts a task"
             if base is not None:
                 detail = f"{base:.1f} dense; {detail}"
-            label = f"{ruler_name(tasks)} at {length}, k = {top_k}"
+            label = f"{ruler_name(tasks)} at {length_name(length)}, k = {top_k}"
             found.append(Card(f"{mean:.1f}", label, detail))
     return [*found, *_training_cards(run)]
 
@@ -81,53 +182,6 @@ def _training_cards(run: RunFiles) -> list[Card]:
     return found
 
 
-def _budget(run: RunFiles, result: dict[str, Any]) -> int | None:
-    """The budget that was trained for where this stage measured it, else its largest."""
-    measured = _budgets(result)
-    wanted = run.top_k()
-    return wanted if wanted in measured else max(measured, default=None)
-
-
-def _budgets(result: dict[str, Any]) -> list[int]:
-    return sorted({int(label.partition("-k")[2]) for label in result["arms"] if "-k" in label})
-
-
-def _perplexity_parts(run: RunFiles, result: dict[str, Any], which: str) -> list[tuple[int, str]]:
-    """(budget, what to say of it)."""
-    top_k = _budget(run, result)
-    pair = _main_pair(result, top_k)
-    if pair is None or top_k is None:
-        return []
-    change = pair["change_pct"]
-    moved = f"{_moved(change['estimate'], 2, ' %')} than {_reference(pair)}"
-    return [(top_k, f"perplexity{which} is {moved} ({_interval(change, 2, ' %')})")]
-
-
-def _ruler_parts(run: RunFiles, result: dict[str, Any]) -> list[tuple[int, str]]:
-    """(budget, what to say of it) at each length."""
-    top_k = _budget(run, result)
-    pair = _main_pair(result, top_k)
-    if pair is None or top_k is None:
-        return []
-    found = []
-    for entry in pair["lengths"]:
-        lost, tasks = entry["lost"], [task["task"] for task in entry["tasks"]]
-        gain = {"estimate": -lost["estimate"], "low": -lost["high"], "high": -lost["low"]}
-        the = "" if len(tasks) == 1 else "the "
-        where = f"{the}{ruler_name(tasks)} at {entry['length']} tokens ({lost['samples']} prompts)"
-        if entry["unseen_share"] is None:
-            moved = f"{_moved(gain['estimate'], 1, ' points')} ({_interval(gain, 1, ' points')})"
-        else:
-            moved = "the same in every answer"
-        found.append((top_k, f"{where} is {moved}"))
-    return found
-
-
-def _head_and_last(parts: list[str]) -> list[str]:
-    """All but the last, and the last."""
-    return [", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts
-
-
 def _unfinished(run: RunFiles, result: dict[str, Any]) -> str:
     """What to say first where the recipe's training had not ended when this was measured."""
     if result.get("state") or len(result.get("after") or []) >= len(run.trainings()):
@@ -141,7 +195,7 @@ def _start(run: RunFiles) -> str:
     for result in run.results["perplexity"]:
         if result.get("state") or result.get("after") or result in final:
             continue
-        pairs = [(top_k, _main_pair(result, top_k)) for top_k in _budgets(result)]
+        pairs = [(top_k, _main_pair(result, top_k)) for top_k in budgets(result)]
         said = [
             f"{signed(pair['change_pct']['estimate'])} % ({span(pair['change_pct'])} %) at k = {top_k}"
             for top_k, pair in pairs
@@ -153,16 +207,10 @@ def _start(run: RunFiles) -> str:
 
 
 def _main_pair(result: dict[str, Any], top_k: int | None) -> dict[str, Any] | None:
-    """What sparsity alone cost, or the whole conversion where dense attention was not measured."""
-    return _pair(result, "cost of sparsity", top_k) or _pair(result, "whole conversion", top_k)
-
-
-def _pair(result: dict[str, Any], meaning: str, top_k: int | None) -> dict[str, Any] | None:
-    for pair in result["comparisons"]:
-        budget = pair["second"].partition("-k")[2]
-        if pair["meaning"] == meaning and (not budget or int(budget) == top_k):
-            return pair
-    return None
+    """The whole conversion, or what sparsity alone cost where the original was not measured."""
+    return find_pair(result, "whole conversion", top_k) or find_pair(
+        result, "cost of sparsity", top_k
+    )
 
 
 def _reference(pair: dict[str, Any]) -> str:
@@ -178,19 +226,3 @@ def _moved(value: float, digits: int, unit: str) -> str:
 def _interval(gap: dict[str, Any], digits: int, unit: str) -> str:
     zero = ", zero is inside" if gap["low"] <= 0 <= gap["high"] else ""
     return f"95 % interval {span(gap, digits)}{unit}{zero}"
-
-
-def _decomposition(run: RunFiles, result: dict[str, Any]) -> str:
-    """Where the perplexity went."""
-    named = (
-        ("training drift", "training itself"),
-        ("budget cost", "reading fewer blocks"),
-        ("indexer error", "choosing others than the best"),
-    )
-    parts = []
-    for meaning, words in named:
-        pair = _pair(result, meaning, _budget(run, result))
-        if pair:
-            gap = pair["change_pct"]
-            parts.append(f"{words} {signed(gap['estimate'])} % ({span(gap)} %)")
-    return "Perplexity by cause: " + "; ".join(parts) + "." if parts else ""
