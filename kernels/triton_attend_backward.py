@@ -43,7 +43,7 @@ class BackwardLaunch:
 def default_launch(
     width: int, repeats: int, block_size: int, dtype: torch.dtype, deterministic: bool
 ) -> BackwardLaunch:
-    """Tile sizes that compile without spills (benchmarks/codegen.py)."""
+    """Tile sizes that compile without spills under Triton 3.9 (benchmarks/codegen.py)."""
     if dtype == torch.float32:
         by_key = by_query = float32_launch()
     else:
@@ -62,7 +62,7 @@ def _tiles(wide: int, keys: int, deterministic: bool) -> tuple[Launch, Launch]:
     if before_hopper:
         return Launch(64 if deterministic else 32, min(keys, 64), 8, 2), Launch(64, 64, 8, 2)
     # The product for dq takes registers; so do few keys, of which a warp then owns more channels.
-    rows = 64 if deterministic and keys >= 64 else 16 if keys == 64 else 32
+    rows = 64 if deterministic and keys >= 64 else 32
     return Launch(rows, keys, 8 if keys == 128 else 4, 3), Launch(64, 64, 4, 2)
 
 
@@ -90,6 +90,7 @@ def attend_backward(
         block_ids: (B, G, T, K) int32 ascending, -1 padded, those of the forward pass.
         starts: (B, S) int32, first position of each key's document, or None.
         lse: (B, H, T) float32, natural logarithm.
+        scale: positive; of the scores.
         unions: what the forward pass returned; made again where they do not fit, or are None.
         deterministic: repeat bitwise; dq then takes a pass of its own instead of atomics.
 

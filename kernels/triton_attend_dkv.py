@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_lists import QueryLists, find_chunk
-from .triton_support import Launch, padded_width
+from .triton_support import Launch, padded_width, target_arch
 
 TAIL_PROGRAMS = 256
 """Programs that share the chunks beyond QueryLists.programs, if there are any."""
@@ -53,7 +53,7 @@ def _walk(
     stride_qh, stride_qt, stride_gh, stride_gt, stride_dh, stride_dt,
     repeats, num_queries, query_offset, scale,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    ATOMIC: tl.constexpr,
+    ATOMIC: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """A list in every head of the group, ROWS queries of one head a step."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -83,11 +83,15 @@ def _walk(
         slope = (weights * slope).to(q.dtype)
         key_grad = tl.dot(slope, q, key_grad, input_precision="ieee")
         if ATOMIC:
-            query_grad = tl.dot(tl.trans(slope), k, input_precision="ieee") * scale
+            if TURNED:
+                query_grad = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
+            else:
+                query_grad = tl.dot(tl.trans(slope), k, input_precision="ieee")
             channel = tl.arange(0, WIDTH_P)[None, :]
             into = head * stride_dh + again.to(tl.int64) * stride_dt
             present = (step % tiles) * ROWS + row < size
             mask = present[:, None] & (channel < WIDTH)
+            query_grad *= scale
             tl.atomic_add(grad_queries + into[:, None] + channel, query_grad, mask, sem="relaxed")
         following = ((step + 1) % tiles) * ROWS + row
         query = tl.load(list_ + tl.minimum(following, size - 1))
@@ -138,7 +142,7 @@ def _own(
     groups, repeats, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
-    ATOMIC: tl.constexpr,
+    ATOMIC: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """KEYS keys of the block of chunk `item`, and the queries of that chunk."""
     _, plane, slot, begin, size, _, _ = find_chunk(
@@ -161,7 +165,7 @@ def _own(
         lse + stat, delta + stat, grad_queries + batch * stride_db + head * stride_dh,
         lists + begin, size,
         stride_qh, stride_qt, stride_gh, stride_gt, stride_dh, stride_dt,
-        repeats, num_queries, query_offset, scale, WIDTH, WIDTH_P, ROWS, STAGES, ATOMIC,
+        repeats, num_queries, query_offset, scale, WIDTH, WIDTH_P, ROWS, STAGES, ATOMIC, TURNED,
     )  # fmt: skip
     key_grad *= scale
     # Looked up once more: carried through the loop it would take registers.
@@ -196,7 +200,7 @@ def _key_gradients(
     programs,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
-    ATOMIC: tl.constexpr, SHARE: tl.constexpr,
+    ATOMIC: tl.constexpr, TURNED: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """One chunk a program; with SHARE the chunks from `done` on, every programs-th."""
     PARTS: tl.constexpr = BLOCK // KEYS
@@ -213,7 +217,7 @@ def _key_gradients(
                 stride_db, stride_dh, stride_dt, stride_ckb, stride_ckg, stride_cks,
                 stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
                 groups, repeats, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
-                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, DOCUMENTS, STAGES, ATOMIC,
+                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, DOCUMENTS, STAGES, ATOMIC, TURNED,
             )  # fmt: skip
     else:
         if item < tl.load(count):
@@ -225,7 +229,7 @@ def _key_gradients(
                 stride_db, stride_dh, stride_dt, stride_ckb, stride_ckg, stride_cks,
                 stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
                 groups, repeats, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
-                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, DOCUMENTS, STAGES, ATOMIC,
+                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, DOCUMENTS, STAGES, ATOMIC, TURNED,
             )  # fmt: skip
 
 
@@ -304,6 +308,9 @@ def key_value_gradients(
     )
     shape["DOCUMENTS"] = starts is not None
 
+    # Products of Hopper and later take 64 rows: [D, queries] has them, [queries, D] has not.
+    turned = target_arch() >= 90 and keys >= 64
+
     def walk(programs: int, done: int, rows: int, stages: int) -> None:
         _key_gradients[(programs * parts,)](
             q, k, v, grad_out, lse, delta, into, grad_k, grad_v, sums,
@@ -312,7 +319,8 @@ def key_value_gradients(
             *into.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], stride_starts,
             groups, heads // groups, num_queries, num_keys, lists.num_slots, lists.queries.shape[1],
             lists.chunk, query_offset, scale, done, programs,
-            **shape, KEYS=keys, ROWS=rows, STAGES=stages, ATOMIC=grad_q is not None, SHARE=done > 0,
+            **shape, KEYS=keys, ROWS=rows, STAGES=stages, ATOMIC=grad_q is not None,
+            TURNED=turned and not done, SHARE=done > 0,
             num_warps=launch.num_warps,
         )  # fmt: skip
 
