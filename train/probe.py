@@ -131,8 +131,8 @@ class TrainingProbe:
 def _forget_prefetched(engine: Any) -> None:
     """ZeRO-3: release weights that were gathered ahead, and begin a new pass; else nothing.
 
-    A pass through the engine's own module does this itself. One that enters below it would otherwise use
-    what was gathered before the last update.
+    DeepSpeed does this where a pass enters through the engine's own module; these enter below it, and must
+    not meet what was gathered before the last update.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
     if offload is not None:

@@ -82,15 +82,7 @@ def run_training_stage(
     index_branch = convert.index_parameters(model)
     sparse_layers = convert.geometry_of(model).sparse_layers
     cost = model_cost(model, {name for name, _ in index_branch})
-    groups = parameter_groups(stage, index_branch, convert.backbone_parameters(model))
-    config = deepspeed_config(
-        recipe.deepspeed,
-        zero_stage=zero_stage(recipe),
-        precision=recipe.train.precision,
-        stage=stage,
-        world_size=context.world_size,
-    )
-    engine = start_engine(Objective(model), groups, config=config, betas=stage.betas)
+    engine = _engine(context, stage, model, index_branch)
     tokenizer = AutoTokenizer.from_pretrained(source)
     loader = _loader(context, index, tokenizer)
     position = Position(0, start.global_step, start.tokens)
@@ -115,7 +107,7 @@ def run_training_stage(
         stop=context.stop,
         save=lambda at: _save(context, index, engine, loader, at),
         say=context.say,
-        probe=None if prompts is None else _probe(context, engine, prompts),
+        probe=_probe(context, engine, prompts),
     )
     with context.stop.at_step_boundaries():
         ended_by = loop.run(position)
@@ -148,6 +140,26 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _engine(context: RunContext, stage: Any, model: Any, index_branch: list[Any]) -> Any:
+    recipe = context.recipe
+    groups = parameter_groups(stage, index_branch, convert.backbone_parameters(model))
+    config = deepspeed_config(
+        recipe.deepspeed,
+        zero_stage=zero_stage(recipe),
+        precision=recipe.train.precision,
+        stage=stage,
+        world_size=context.world_size,
+    )
+    return start_engine(Objective(model), groups, config=config, betas=stage.betas)
+
+
+def _probe(context: RunContext, engine: Any, prompts: ProbePrompts | None) -> TrainingProbe | None:
+    if prompts is None:
+        return None
+    place = {"rank": context.rank, "world_size": context.world_size}
+    return TrainingProbe(engine, prompts, device=context.device, **place)
+
+
 def _loader(context: RunContext, index: int, tokenizer: Any) -> RowLoader:
     recipe, stage = context.recipe, context.recipe.stages[index]
     return RowLoader(
@@ -161,11 +173,6 @@ def _loader(context: RunContext, index: int, tokenizer: Any) -> RowLoader:
         world_size=context.world_size,
         cache_dir=recipe.data.cache_dir,
     )
-
-
-def _probe(context: RunContext, engine: Any, prompts: ProbePrompts) -> TrainingProbe:
-    place = {"rank": context.rank, "world_size": context.world_size}
-    return TrainingProbe(engine, prompts, device=context.device, **place)
 
 
 def _heldout(context: RunContext, stage: Any, tokenizer: Any) -> list[Any]:

@@ -196,5 +196,12 @@ def test_progress_tells_speed_and_time_left(stream):
 
 def test_every_declared_name_matches_itself():
     for name in recording.NAMES:
-        if name != "eval/TASK":
+        if not name.endswith("/TASK"):
             check_names({name.replace("NN", "03"): 0.0})
+
+
+def test_a_probe_is_recorded_under_the_name_of_its_task_alone():
+    check_names({"probe/niah_single_2": 50.0, "perf/probe_s": 1.0})
+    for name in ("probe/", "probe/TASK", "probe/vt/4k"):
+        with pytest.raises(ValueError, match="not declared"):
+            check_names({name: 0.0})

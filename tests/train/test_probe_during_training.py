@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from dense2sparse.eval import ruler
+from dense2sparse.eval.sources import SourceUnavailable, ruler_words
 from dense2sparse.recipes import schema
 from dense2sparse.recipes.load import RecipeError, load
 from dense2sparse.train import probe as probing
 
 HERE = Path(__file__).parent
+CACHE = HERE.parents[1] / ".cache" / "dense2sparse"
 STAGES = (0, 1, 2, 3)
 STATE = ("random", "optimizer", "masters", "live", "modes", "loader")
 
@@ -153,3 +156,32 @@ def test_no_probe_reads_nothing(tmp_path):
     context = context_of(tmp_path, 1024)
     context.recipe.train.probe_every = None
     assert probing.probe_prompts(context, tmp_path / "missing") is None
+
+
+def test_a_run_records_the_probe_of_published_templates(
+    tiny_inputs, make_recipe, nursery, tmp_path
+):
+    """The real run; two prompts a task of 2,048 bytes, so the long keys may have to give way."""
+    try:
+        ruler_words(CACHE)
+    except SourceUnavailable as error:
+        pytest.skip(str(error))
+    recipe, dense = make_recipe(tmp_path), tmp_path / "dense"
+    shutil.copytree(tiny_inputs / "dense", dense)
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    text = recipe.read_text()
+    first, _, rest = text.partition("  - {kind: sparse")
+    recipe.write_text(first + rest.partition("weight_decay: 0.1}\n")[2])
+    changes = [f"model.path={dense}", f"data.cache_dir={CACHE}", "data.row_len=2048"]
+    changes += ["stages.0.steps=2", "stages.0.micro_batch_size=1", "train.checkpoint_every=100"]
+    changes += ["train.probe_every=2", "train.probe_samples=2"]
+    nursery.run(recipe, changes, output=tmp_path / "output.txt")
+    lines = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    found = [record for record in map(json.loads, lines) if "probe/vt" in record]
+    assert [record["step"] for record in found] == [0, 2]
+    named = {key for key in found[0] if key.startswith("probe/")}
+    assert named in (
+        {"probe/niah_single_2", "probe/niah_multikey_3", "probe/vt"},
+        {"probe/niah_single_2", "probe/niah_multikey_1", "probe/vt"},
+    )
