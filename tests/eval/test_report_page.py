@@ -1,0 +1,244 @@
+"""The whole page on an invented run that has everything: each block, its numbers, what a file less does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dense2sparse.eval.report import write_report
+from dense2sparse.eval.report_arithmetic import dense_per_token, mean_keys, sparse_per_token
+
+WRITE = runpy.run_path(str(Path(__file__).with_name("report_run.py")))["write"]
+RULER = "eval/ruler/stage-4.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Files by name of the invented run, made once."""
+    folder = WRITE(tmp_path_factory.mktemp("invented"), samples=12)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in files}
+
+
+@pytest.fixture()
+def page(source, tmp_path):
+    """Report of the run with some files changed (a function of their JSON) or left out (None)."""
+
+    def make(changes=None):
+        for name, text in source.items():
+            change = (changes or {}).get(name, lambda content: content)
+            if change is None:
+                continue
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".json"):
+                content = json.loads(text)
+                text = json.dumps(change(content) or content)
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        return {
+            kind: path.read_text(encoding="utf-8") for kind, path in write_report(tmp_path).items()
+        }
+
+    return make
+
+
+SECTIONS = {
+    "RULER": [RULER],
+    "Needles: depth, and whether their block was selected": [RULER],
+    "LongBench": ["eval/longbench/stage-5.json"],
+    "Perplexity on held-out text": ["eval/perplexity/stage-3.json"],
+    "Quality against budget": [RULER, "eval/perplexity/stage-3.json"],
+    "Index branch: learned coverage after each stage": ["metrics.jsonl"],
+    "Outputs that were truncated, empty or at their limit": [RULER, "eval/longbench/stage-5.json"],
+}
+
+
+@pytest.mark.parametrize("kind", ["html", "markdown"])
+def test_every_section_is_there(page, kind):
+    text = page()[kind]
+    for title in SECTIONS:
+        assert (f"<h2>{title}</h2>" if kind == "html" else f"## {title}\n") in text, title
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_section_without_its_files_is_left_out(page, title):
+    made = page(dict.fromkeys(SECTIONS[title]))
+    assert f"## {title}\n" not in made["markdown"] and f"<h2>{title}</h2>" not in made["html"]
+
+
+def without_what_is_new(content):
+    """A RULER or perplexity result as an earlier version wrote it."""
+    content.pop("margin", None)
+    for arm in content["arms"].values():
+        for name in ("depths", "needles", "costs", "positions", "row_positions", "shape"):
+            arm.pop(name, None)
+        for cells in arm.get("scores", {}).values():
+            for cell in cells.values():
+                for name in ("truncated", "at_limit"):
+                    del cell[name]
+    for pair in content["comparisons"]:
+        pair.pop("overall", None)
+        pair.get("change_pct", {}).pop("by_position", None)
+        for flip in pair.get("flips", []):
+            del flip["recall"]
+
+
+def test_results_of_an_earlier_version_leave_blocks_out_and_are_not_recorded_as_none(page):
+    made = page(dict.fromkeys((RULER, "eval/perplexity/stage-3.json"), without_what_is_new))
+    text = made["markdown"]
+    assert "## Needles" not in text and "Perplexity by position" not in text
+    assert "| not recorded | " in text and "arithmetic" in text
+    assert "within the margin" not in text.split("LongBench")[0]
+    assert re.search(r"\| k = 16 \|  \| [\d.]+ \| [\d.]+ \| [^|]+ \|  \|  \|", text)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("non-inferior", "which is within the margin of 2.5 points"),
+        ("inferior", "which is beyond the margin of 2.5 points"),
+        ("undecided", "too few answers to say whether that is within the margin of 2.5 points"),
+    ],
+)
+def test_first_sentence_has_loss_interval_margin_and_causes(page, said, words):
+    lost = {"estimate": 7.04, "low": 3.06, "high": 11.94, "samples": 432, "confidence": 0.95}
+
+    def change(content):
+        content["margin"] = 2.5
+        for pair in content["comparisons"]:
+            if pair["meaning"] == "whole conversion":
+                pair["overall"] |= {"lost": lost, "verdict": said, "unseen_share": None}
+            if pair["meaning"] == "training drift":
+                pair["overall"] |= {"lost": {**lost, "estimate": -0.04, "low": -1.0, "high": 1.0}}
+                pair["overall"]["unseen_share"] = None
+
+    first = page({RULER: change})["markdown"].split("**")[1]
+    assert first.startswith(
+        "Converted to read 16 blocks of 128 tokens, the model loses 7.0 points of the RULER mean of 6 "
+        "tasks at 4K, 16K and 32K tokens (95 % interval 3.1 to 11.9, 432 paired answers), "
+    )
+    assert (
+        f"{words}, by cause: training drift 0.0 (\N{MINUS SIGN}1.0 to 1.0), budget cost " in first
+    )
+    assert first.count(".\n") == 0 and "indexer error" in first
+
+
+def test_gain_is_not_called_a_loss(page):
+    lost = {"estimate": -0.5, "low": -1.5, "high": 0.5, "samples": 432, "confidence": 0.95}
+
+    def change(content):
+        for pair in content["comparisons"]:
+            if pair["meaning"] == "whole conversion":
+                pair["overall"] |= {"lost": lost, "unseen_share": None}
+
+    first = page({RULER: change})["markdown"].split("**")[1]
+    assert "the model gains 0.5 points of the RULER mean" in first
+    assert "(95 % interval of what is lost \N{MINUS SIGN}1.5 to 0.5, 432 paired answers)" in first
+
+
+def test_uninformative_cells_are_marked_and_no_others(page, source):
+    arms = json.loads(source[RULER])["arms"]
+    shown = ("converted_dense", "converted_sparse-k16")
+    cells = [cell for arm in arms.values() for by in arm["scores"].values() for cell in by.values()]
+    maps = [cell for name in shown for by in arms[name]["scores"].values() for cell in by.values()]
+    pairs = json.loads(source[RULER])["comparisons"]
+    kind = ("cost of sparsity", "converted_sparse-k16")
+    pair = next(one for one in pairs if (one["meaning"], one["second"]) == kind)
+    both = [task for entry in pair["lengths"] for task in entry["tasks"] if task["uninformative"]]
+    expected = sum(cell["uninformative"] for cell in cells + maps) + len(both)
+    ruler = page()["html"].split("<h2>RULER</h2>")[1].split("<h2>")[0]
+    assert len(re.findall(r'<td class="[a-z ]*moot"', ruler)) == expected > len(both) > 0
+
+
+def test_grid_of_depths_shows_the_stored_scores(page):
+    def change(content):
+        for label, arm in content["arms"].items():
+            arm["depths"] = {"4096": [{"depth": 0.3, "score": 37.0, "samples": 5}]}
+            if label == "converted_sparse-k16":
+                arm["depths"]["131072"] = [{"depth": 0.9, "score": 12.4, "samples": 3}]
+
+    text = page({RULER: change})["markdown"]
+    assert "| 30 to 40 % | 37 |  |" in text and "| 90 to 100 % |  | 12 |" in text
+    assert "| depth | 4K | 128K |" in text and "| 0 to 10 % |  |  |" in text
+
+
+def test_flipped_answers_stand_side_by_side_with_what_was_selected(page, source):
+    pairs = json.loads(source[RULER])["comparisons"]
+    kind = ("cost of sparsity", "converted_sparse-k16")
+    pair = next(one for one in pairs if (one["meaning"], one["second"]) == kind)
+    flip = pair["flips"][0]
+    made = page()
+    found = re.search(
+        rf"<code>{flip['id']}</code> wanted <b>(\d+)</b></p>(.*?)</div></div></div>",
+        made["html"],
+        re.S,
+    )
+    assert found and found[1] == flip["references"][0]
+    assert "B converted, dense" in found[2] and "C converted, sparse, k = " in found[2]
+    share = f"{100 * flip['recall'][1]:.0f}"
+    assert f"needle&#x27;s block selected in {share} %" in made["html"]
+    assert f"  B converted, dense (100): {flip['first'].strip()}" in made["markdown"]
+
+
+def test_outputs_are_counted_from_the_cells(page, source):
+    cells = [
+        cell
+        for by in json.loads(source[RULER])["arms"]["converted_sparse-k4"]["scores"].values()
+        for cell in by.values()
+    ]
+    total, limit = (sum(cell[name] for cell in cells) for name in ("samples", "at_limit"))
+    row = f"| RULER, stage 4: C converted, sparse, k = 4 | {total} | 0 | "
+    assert row in page()["markdown"]
+    assert f"| {limit} ({100 * limit / total:.1f} %) |" in page()["markdown"]
+
+
+def test_longbench_names_what_is_missing_and_gives_no_average_then(page):
+    text = page()["markdown"]
+    assert (
+        "Not measured: LongBench, vcsum (scored over Chinese words, `pip install jieba`)." in text
+    )
+    assert "no average, as published ones need narrativeqa" in text
+    assert "average of the six" not in text and "Not measured: LongBench (" not in text
+
+
+def test_same_numbers_stand_in_csv_once_each(page, source):
+    rows = list(csv.DictReader(page()["csv"].splitlines()))
+    keys = [tuple(row[name] for name in list(row)[:6]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    arms = json.loads(source[RULER])["arms"]
+    score = arms["converted_sparse-k16"]["scores"]["32768"]["vt"]["score"]
+    key = ("ruler", "4", "32768", "vt", "converted_sparse-k16", "score")
+    assert float(dict(zip(keys, rows, strict=True))[key]["value"]) == score
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {"perplexity", "ruler", "longbench"}
+    assert any("at positions 16384 to 32768" in row["measure"] for row in rows)
+
+
+def test_report_code_imports_neither_torch_nor_transformers():
+    check = (
+        "import sys, dense2sparse.eval.report; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_operations_are_those_of_the_published_ratios():
+    """64 query heads of width 128, 4 index heads, 16 blocks of 128: 6.4 times fewer at 32K, 16 at 128K."""
+    shape = {"layers": 1, "sparse_layers": 1, "query_heads": 64, "head_width": 128}
+    shape |= {"index_heads": 4, "index_width": 128, "block_size": 128}
+    for length, ratio in ((32768, 6.4), (131072, 16.0)):
+        found = dense_per_token(shape, length) / sparse_per_token(shape, length, 16)
+        assert found == pytest.approx(ratio, rel=0.03)
+    assert sparse_per_token(shape, 2048, 16) == dense_per_token(shape, 2048), "nothing to choose"
+
+
+@pytest.mark.parametrize(("length", "budget"), [(1, 4), (4, 4), (9, 4), (50, 16)])
+def test_mean_keys_is_the_mean_over_positions(length, budget):
+    expected = sum(min(position + 1, budget) for position in range(length)) / length
+    assert mean_keys(length, budget) == pytest.approx(expected)
