@@ -23,9 +23,8 @@ from typing import Any
 from .prepare_pieces import Piece, cell_paths, make_all, piece_path, pieces_of
 from .records import read_lines, to_lines, write_json, write_text
 from .ruler import Sample, label_of, tokenizer_fingerprint
-from .ruler_corpus import PUBLIC_DOMAIN, Corpus
+from .ruler_corpus import Corpus
 from .ruler_prompt import resolve_mode
-from .sources import RulerWords
 
 _MADE_BY = (
     "ruler.py",
@@ -56,9 +55,7 @@ def prepare(
     folder: Path,
     *,
     tokenizer: Any,
-    corpus: Corpus | None = None,
-    words: RulerWords | None = None,
-    works: dict[str, str] | None = None,
+    corpus: Corpus,
     tasks: Sequence[str],
     lengths: Sequence[int],
     samples: int,
@@ -72,16 +69,13 @@ def prepare(
     """Make what is missing of a prompt set under `folder`, then load it.
 
     Args:
-        corpus: from `ruler_corpus.read_corpus`; or `words` and `works`, texts of one's own by name.
+        corpus: from `ruler_corpus.read_corpus`.
         mode, parity, reasoning_tokens: see `ruler.Generator`.
         workers: processes; None takes the cores of this machine where the work is worth it.
 
     Raises:
         ValueError: a stored prompt file was changed, or the tokenizer cannot be used.
     """
-    if corpus is None:
-        assert words is not None and works is not None, "neither a corpus nor words and works"
-        corpus = Corpus(PUBLIC_DOMAIN, words, works)
     identity = {
         "code": code_digest(Path(__file__).parent),
         "label": label_of(corpus.name, parity),

@@ -52,6 +52,7 @@ class Prompter:
             )
         self.mode = resolve_mode(tokenizer, mode)
         self._tokenizer, self._strip_prefix = tokenizer, strip_prefix
+        self._last: tuple[str, Any] | None = None
         for special in (True, False):  # also takes a stored truncation off
             ids = tokenizer(_PROBE_TEXT, add_special_tokens=special)["input_ids"]
             same = tokenizer.backend_tokenizer.encode(_PROBE_TEXT, add_special_tokens=special).ids
@@ -117,8 +118,11 @@ class Prompter:
         )
 
     def _encoding(self, prompt: str) -> Any:
-        special = self.mode == "base"
-        return self._tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=special)
+        if self._last is None or self._last[0] != prompt:  # the one that fitted is placed next
+            special = self.mode == "base"
+            encoded = self._tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=special)
+            self._last = prompt, encoded
+        return self._last[1]
 
 
 def resolve_mode(tokenizer: Any, mode: str) -> str:

@@ -20,6 +20,10 @@ _TRIES = 50
 """Draws of the smallest form before a task is given up; the published generator would go on for ever."""
 _SLACK = 200
 """A native prompt may leave 1/200 of its length free, or one unit of filling."""
+_TRIAL_TOKENS = 16384
+"""A trial sample of a longer length is filled up to here; the rest is extrapolated."""
+_LEAST = 1e-3
+"""Tokens that a unit of filling costs at least, so that nothing is divided by zero."""
 
 
 def published_drafts(
@@ -92,13 +96,18 @@ class NativeSizing:
             return self._made(family, f"{task}/{length}/{seed}/{index}", size, length, index)
 
         start, per_unit = self._start(task, length, seed, new_tokens)
-        middle = length / (2 * _SLACK)  # samples of one size differ: aim where both sides may be met
+        # Samples of one size differ: aim at the middle of what is accepted.
+        middle = length / (2 * _SLACK)
         best: Draft | None = None
         under, over = low - 1, None
         size = max(low, start - int(middle / per_unit))
+        before: tuple[int, int] | None = None
         for _ in range(12):
             draft = made(size)
             left = limit - self._tokens(draft)
+            if before is not None and abs(size - before[0]) > size // 100:
+                per_unit = max((before[1] - left) / (size - before[0]), _LEAST)
+            before = size, left
             if left >= 0:
                 best, under = draft, size
                 if left <= max(length // _SLACK, per_unit):
@@ -119,7 +128,7 @@ class NativeSizing:
         return made(fitting)
 
     def _start(self, task: str, length: int, seed: int, new_tokens: int) -> tuple[int, float]:
-        """Size of a trial sample that fills the length, and what one more unit costs."""
+        """Size at which a trial sample fills the length, and what one more unit costs."""
         key = (task, length, seed, new_tokens)
         if key not in self._starts:
             family = TASKS[task]
@@ -129,12 +138,17 @@ class NativeSizing:
                 name = f"{task}/{length}/{seed}/trial"
                 return self._tokens(self._made(family, name, size, length, 0))
 
+            limit = length - new_tokens
             least = cost(low)
-            size = largest(cost, length - new_tokens, low)
-            if size is None:
+            if least > limit:
                 raise too_long(task, least + new_tokens, length)
-            per_unit = (cost(size) - least) / (size - low) if size > low else 1.0
-            self._starts[key] = size, max(per_unit, 1e-3)
+            size = largest(cost, min(limit, max(2 * least, _TRIAL_TOKENS)), low)
+            assert size is not None
+            filled = cost(size)
+            per_unit = max((filled - least) / (size - low), _LEAST) if size > low else 1.0
+            if limit > 2 * filled:
+                size += int((limit - filled) / per_unit)
+            self._starts[key] = size, per_unit
         return self._starts[key]
 
     def _made(self, family: Family, name: str, size: int, length: int, index: int) -> Draft:

@@ -102,11 +102,11 @@ def test_other_text_and_other_mode_make_other_prompts(
     assert (chat.samples[0].mode, plain.samples[0].mode) == ("chat", "base")
 
 
-def test_texts_of_ones_own_need_no_corpus(tmp_path, ruler_like_words, works, tokenizer):
-    few = {"tasks": ["vt"], "lengths": [1024], "samples": 1, "seed": 1}
-    made = prepare(tmp_path, tokenizer=tokenizer, words=ruler_like_words, works=works, **few)
+def test_scores_on_public_domain_text_carry_its_label(tmp_path, ruler_corpus, tokenizer):
+    plain = replace(ruler_corpus, name="ruler-pd", questions={})
+    made = make(tmp_path, plain, tokenizer, tasks=["vt"], lengths=[1024], samples=1)
     assert made.label == "ruler-pd, not comparable with published scores"
-    assert len(made.samples) == 1
+    assert "NVIDIA's data" in make(tmp_path, ruler_corpus, tokenizer, samples=1).label
 
 
 def test_changed_code_makes_other_prompts(tmp_path, monkeypatch, prompts, ruler_corpus, tokenizer):
