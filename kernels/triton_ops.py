@@ -139,9 +139,15 @@ def sparse_attention(
     check_width("q", q.shape[-1])
     check_block_size(block_size)
     check_top_k(block_ids.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:
+        # The backward pass folds its mask into scores that the scale must not turn round.
+        raise ValueError(
+            f"scale={scale}: the Triton kernels take positive scales; set backend='torch'"
+        )
     options: dict[str, Any] = {
         "block_size": block_size,
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "scale": scale,
         "query_offset": query_offset,
     }
     return _SparseAttention.apply(q, k, v, block_ids, key_starts(document_ids), options)

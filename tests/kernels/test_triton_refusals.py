@@ -40,6 +40,13 @@ def test_tensors_on_different_devices_or_of_different_dtypes():
         ops.dense_attention(q, k, k, backend="triton")
 
 
+def test_a_scale_that_turns_scores_round():
+    q = torch.randn(1, 1, 20, 16)
+    ids = torch.zeros(1, 1, 20, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="scale=-1.0: the Triton kernels take positive scales"):
+        ops.sparse_attention(q, q, q, ids, block_size=32, scale=-1.0, backend="triton")
+
+
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
 def test_a_triton_version_outside_the_range(monkeypatch, version):
     monkeypatch.setattr(triton, "__version__", version)
