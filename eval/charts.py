@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 14, 40
 _COLOURS = 8
 
 
@@ -67,7 +67,7 @@ def line_chart(
         parts.append(
             f'<line class="zero" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-    for x, word in marks:
+    for x, word in ((x, word) for x, word in marks if min(xs) <= x <= max(xs)):
         parts.append(
             f'<line class="mark" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" y1="{_TOP}" '
             f'y2="{HEIGHT - _BOTTOM}"/><text class="note" x="{frame.x(x) + 4:.1f}" y="{_TOP + 10}">'

@@ -41,12 +41,12 @@ td small, tbody th small { display: block; font-weight: 400; color: var(--muted)
   white-space: nowrap }
 .heat { background-color: color-mix(in srgb, var(--good) calc(var(--heat) * .58), transparent) }
 .heat.worse { background-color: color-mix(in srgb, var(--bad) calc(var(--heat) * .55), transparent) }
-.moot { color: var(--muted); background-image: repeating-linear-gradient(135deg, transparent 0 5px,
+.moot { background-image: repeating-linear-gradient(135deg, transparent 0 5px,
   color-mix(in srgb, var(--muted) 22%, transparent) 5px 6px) }
 .grid table { table-layout: fixed } .grid td, .grid thead th:not(:first-child) { text-align: center }
 .grid td { border: 2px solid var(--panel); padding: 7px 4px } .grid th:first-child { width: 158px }
 .grid.half th:first-child { width: 140px } .grid.half { font-size: 13px }
-.intro { color: var(--muted); margin: 0 0 6px; max-width: 78ch }
+section > p { margin: 5px 0 } section > .intro { color: var(--muted); margin: 0 0 6px; max-width: 78ch }
 h3 { font-size: 16px; margin: 22px 0 2px }
 .flip { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px;
   margin: 10px 0; break-inside: avoid } .flip p { margin: 0 0 8px; overflow-wrap: anywhere }
@@ -69,7 +69,7 @@ svg .band { opacity: .16 } svg .grid { stroke: var(--line) } svg .zero { stroke:
 svg .mark { stroke: var(--muted); stroke-dasharray: 2 3 }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; justify-content: center; font-size: 13px }
 .legend i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle }
-.warn { color: var(--warn); font-size: 14px; margin: 8px 0 }
+.warn { color: var(--warn); font-size: 14px }
 details { margin: 12px 0; font-size: 14px } summary { cursor: pointer; color: var(--c2) }
 pre { overflow-x: auto; white-space: pre-wrap; background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; padding: 12px 14px; font-size: 12.5px; line-height: 1.5 }

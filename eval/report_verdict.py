@@ -61,7 +61,7 @@ def _score_line(run: RunFiles, kind: str, result: dict[str, Any]) -> str:
     where = f"at {listed([length_name(length) for length in lengths])} tokens"
     what = f"{'the ' if tasks[1:] else ''}{ruler_name(tasks)} {where}"
     if kind == "longbench":
-        what = f"LongBench (mean of {len(tasks)} task{'s' if tasks[1:] else ''})"
+        what = f"the LongBench mean of {len(tasks)} tasks" if tasks[1:] else f"LongBench {tasks[0]}"
     answers = f"{entry['lost']['samples']} paired answers"
     whole = pair["meaning"] == "whole conversion"
     begin = "Converted to read" if whole else "Reading"

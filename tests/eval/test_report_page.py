@@ -242,3 +242,23 @@ def test_operations_are_those_of_the_published_ratios():
 def test_mean_keys_is_the_mean_over_positions(length, budget):
     expected = sum(min(position + 1, budget) for position in range(length)) / length
     assert mean_keys(length, budget) == pytest.approx(expected)
+
+
+def test_map_of_changes_has_losses_negative_and_tinted_as_worse(page):
+    def change(content):
+        for pair in content["comparisons"]:
+            for entry in pair["lengths"]:
+                for task in entry["tasks"]:
+                    task["uninformative"] = False
+                    task["lost"] |= {"estimate": 0.0, "low": -1.0, "high": 1.0}
+                    if (task["task"], entry["length"]) == ("vt", 16384):
+                        task["lost"] |= {"estimate": 10.0, "low": 4.0, "high": 15.0}
+                    if (task["task"], entry["length"]) == ("cwe", 16384):
+                        task["lost"] |= {"estimate": -5.0, "low": -9.0, "high": -2.0}
+
+    html = page({RULER: change})["html"]
+    minus = "\N{MINUS SIGN}"
+    lost = f'class="heat worse" style="--heat:50%"[^>]*>{minus}10.0<small>{minus}15.0 to {minus}4.0'
+    assert len(re.findall(lost, html)) == 1
+    won = r'class="heat" style="--heat:25%"[^>]*>\+5.0<small>\+2.0 to \+9.0'
+    assert len(re.findall(won, html)) == 1
