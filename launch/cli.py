@@ -4,7 +4,7 @@
     dense2sparse run --hostfile HOSTS RECIPE ...  on several (launch/multinode.sh, launch/slurm.sh)
     dense2sparse stop RECIPE [a.b=c ...]          asks that run to save and end at its next step
     dense2sparse plan RECIPE [a.b=c ...]          the resolved recipe and its stages
-    dense2sparse preflight | eval RECIPE ...      and: export | report RUN_FOLDER ...
+    dense2sparse preflight | eval RECIPE ...      and: export | report | lm-eval RUN_FOLDER ...
 
 Exit codes: 0 done; 1 failed; 2 the recipe or the command cannot be used (one sentence on stderr);
 75 asked to stop: saved, and the same command continues (a scheduler should requeue it).
@@ -38,6 +38,7 @@ HANDED_OVER = {
     "eval": ("dense2sparse.eval.run", "the evaluation stages alone, on any converted checkpoint"),
     "export": ("dense2sparse.model.export", "a finished run as a folder for other software"),
     "report": ("dense2sparse.eval.report", "the report of a run's folder, made again"),
+    "lm-eval": ("dense2sparse.eval.lm_eval_command", "MMLU, GSM8K, ARC and others through lm-eval"),
 }
 TAKE_A_RECIPE = ("preflight", "eval")
 VALUE_OPTIONS = ("--checkpoint", "--output", "--ranks")

@@ -41,12 +41,15 @@ def stage_line(recipe: Recipe, stage: Any) -> str:
         )
     if stage.kind == "ruler":
         tasks = _words(stage.tasks) if stage.tasks else "all tasks"
+        preset = f"preset {stage.preset}: " if stage.preset else ""
         return (
-            f"{tasks}; lengths {_words(stage.lengths)}, {stage.samples} prompts each, "
+            f"{preset}{tasks}; lengths {_words(stage.lengths)}, {stage.samples} prompts each, "
             f"{len(stage.arms)} arms, top-k {top_k}"
         )
     if stage.kind == "longbench":
-        return "not measured by this version; the report says so"
+        tasks = _words(stage.tasks) if stage.tasks else "all tasks"
+        records = "all records" if stage.samples is None else f"{stage.samples} records each"
+        return f"suites {_words(stage.suites)}; {tasks}, {records}, {len(stage.arms)} arms, top-k {top_k}"
     return "report.html from everything above"
 
 
