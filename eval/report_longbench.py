@@ -9,7 +9,7 @@ from .report_blocks import Block, Cell, Section, Table, Text
 from .report_costs import Cost, costs
 from .report_data import RunFiles
 from .report_ruler import flips
-from .report_words import arm_name, budget_of, few, shown_arms, when
+from .report_words import arm_name, budget_of, shown_arms, when
 
 _LANGUAGES = {"en": "English", "zh": "Chinese"}
 
@@ -120,8 +120,8 @@ def _causes(result: dict[str, Any]) -> list[Block]:
         return []
     pairs = entries[0][1]["lost"]["samples"]
     caption = (
-        f"LongBench: points lost, mean over tasks, with 95 % intervals from {pairs} paired answers"
-        f"{few(pairs)}; positive is worse"
+        f"LongBench: points lost, mean over tasks, with 95 % intervals from {pairs} paired answers; "
+        "positive is worse"
     )
     return costs(found, caption, "points that are lost, LongBench")
 

@@ -63,7 +63,8 @@ def _by_position(run: RunFiles, result: dict[str, Any]) -> list[Block]:
         for meaning in ("cost of sparsity", "budget cost", "indexer error", "training drift")
         if (pair := find_pair(result, meaning, top_k)) and pair["change_pct"].get("by_position")
     }
-    blocks: list[Block] = _position_charts(result, labels, pairs)
+    several = len(result["arms"][labels[0]]["positions"]) > 1
+    blocks: list[Block] = _position_charts(result, labels, pairs) if several else []
     table = {
         label: {entry["first"]: entry for entry in result["arms"][label]["positions"]}
         for label in labels

@@ -12,7 +12,6 @@ from .report_words import (
     MOOT,
     arm_name,
     budget_of,
-    few,
     find_pair,
     length_name,
     listed,
@@ -221,7 +220,7 @@ def _causes(result: dict[str, Any]) -> list[Block]:
     for place, found in places.items():
         caption = (
             f"{name}: points lost at {place}, with 95 % intervals from {pairs[place]} paired "
-            f"answers{few(pairs[place])}; positive is worse"
+            "answers; positive is worse"
         )
         blocks += costs(found, caption, f"points that are lost, {name}, {place}")
     return blocks

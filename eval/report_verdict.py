@@ -80,7 +80,17 @@ def _score_line(run: RunFiles, kind: str, result: dict[str, Any]) -> str:
             said = f"gains {-lost['estimate']:.1f} points of {what} (95 % interval of what is lost "
             said += f"{ends[:-1]}, {answers})"
     parts = [f"{begin} {said}", _judged(result, entry), _causes(result, top_k)]
-    return ", ".join(part for part in parts if part) + "."
+    return ", ".join(part for part in parts if part) + "." + _moot(pair, entry)
+
+
+def _moot(pair: dict[str, Any], entry: dict[str, Any]) -> str:
+    """A warning where cells could hardly have shown a difference."""
+    moot = entry.get("uninformative") or 0
+    cells = sum(len(one["tasks"]) for one in pair["lengths"])
+    if not moot:
+        return ""
+    which = "every one of its cells" if moot == cells else f"{moot} of its {cells} cells"
+    return f" But {which} can hardly show a loss: both arms are below 10 or above 99 there."
 
 
 def _blocks(result: dict[str, Any]) -> str:

@@ -262,3 +262,23 @@ def test_map_of_changes_has_losses_negative_and_tinted_as_worse(page):
     assert len(re.findall(lost, html)) == 1
     won = r'class="heat" style="--heat:25%"[^>]*>\+5.0<small>\+2.0 to \+9.0'
     assert len(re.findall(won, html)) == 1
+
+
+@pytest.mark.parametrize(
+    ("moot", "words"),
+    [
+        (0, None),
+        (
+            5,
+            " But 5 of its 18 cells can hardly show a loss: both arms are below 10 or above 99 there.",
+        ),
+        (18, " But every one of its cells can hardly show a loss:"),
+    ],
+)
+def test_verdict_warns_of_cells_that_cannot_show_a_loss(page, moot, words):
+    def change(content):
+        for pair in content["comparisons"]:
+            pair["overall"]["uninformative"] = moot
+
+    first = page({RULER: change})["markdown"].split("**")[1]
+    assert words in first if words else "hardly" not in first
