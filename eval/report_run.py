@@ -58,7 +58,8 @@ def training_section(run: RunFiles) -> Section:
             if (points := run.series(metric))
         ]
         chart = line_chart(series, x_label="training tokens", y_label=unit, marks=marks)
-        section.blocks.append(Chart(chart, title, half=True))
+        if chart:
+            section.blocks.append(Chart(chart, title, half=True))
     if not run.metrics:
         section.blocks.append(Text("No metrics.jsonl: this run trained nothing yet.", "warn"))
     return section

@@ -113,16 +113,16 @@ def _judged(result: dict[str, Any], entry: dict[str, Any]) -> str:
 
 def _causes(result: dict[str, Any], top_k: int | None) -> str:
     """`by cause: training drift +0.1, budget cost +0.3, indexer error +0.8 (the largest)`."""
-    found = {}
+    parts, changed = [], False
     for meaning in _CAUSES:
         pair = find_pair(result, meaning, top_k)
         entry = None if pair is None else overall(pair)
-        if entry is not None:
-            found[meaning] = entry["lost"]
-    if len(found) < 2:
-        return ""
-    parts = [f"{name} {plain(gap)}" for name, gap in found.items()]
-    return f"by cause: {listed(parts)}"
+        if entry is None:
+            continue
+        same = entry["unseen_share"] is not None
+        changed = changed or not same
+        parts.append(f"{meaning} {'none' if same else plain(entry['lost'])}")
+    return f"by cause: {listed(parts)}" if changed and parts[1:] else ""
 
 
 def _perplexity_line(run: RunFiles, result: dict[str, Any], every: list[dict[str, Any]]) -> str:

@@ -282,3 +282,16 @@ def test_verdict_warns_of_cells_that_cannot_show_a_loss(page, moot, words):
 
     first = page({RULER: change})["markdown"].split("**")[1]
     assert words in first if words else "hardly" not in first
+
+
+def test_cause_that_changed_no_answer_is_told_as_none(page):
+    def change(content):
+        for pair in content["comparisons"]:
+            pair["overall"]["unseen_share"] = 0.01 if pair["meaning"] == "indexer error" else None
+
+    def same(content):
+        for pair in content["comparisons"]:
+            pair["overall"]["unseen_share"] = 0.01
+
+    assert "indexer error none." in page({RULER: change})["markdown"].split("**")[1]
+    assert "by cause" not in page({RULER: same})["markdown"].split("**")[1]
