@@ -1,9 +1,7 @@
 """lm-eval on a converted model: mistakes in one sentence, and the real package's number against our own.
 
-The package brings dozens of others, so it is not part of the tests' environment. It is taken from there
-if it is, else from CACHE, which this fills (what it needs is in docs/evaluation-presets.md):
-
-    pip install --target .cache/dense2sparse/lm-eval --no-deps lm-eval==0.4.13 ...
+The package brings dozens of others, so it is not part of the tests' environment. It is taken from there if
+it is (`pip install 'dense2sparse[lm-eval]'`), else from a folder that pip filled (`--target` CACHE).
 """
 
 from __future__ import annotations
