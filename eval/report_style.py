@@ -73,11 +73,17 @@ svg .mark { stroke: var(--muted); stroke-dasharray: 2 3 }
 details { margin: 12px 0; font-size: 14px } summary { cursor: pointer; color: var(--c2) }
 pre { overflow-x: auto; white-space: pre-wrap; background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; padding: 12px 14px; font-size: 12.5px; line-height: 1.5 }
-@media print { :root { color-scheme: light } body { font-size: 12px; background: #fff }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact } 
-  h2, h3 { break-after: avoid }
-  nav { display: none } .scroll, figure, .card { break-inside: avoid }
-  main { max-width: none; padding: 0 } }
+@media print { :root { color-scheme: light } body { font-size: 11px; background: #fff }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  nav { display: none } h2, h3 { break-after: avoid } .scroll, figure, .card { break-inside: avoid }
+  main { max-width: none; padding: 0 } .scroll { overflow: visible }
+  section { display: block } section > .half { display: inline-block; width: 49%; vertical-align: top }
+  table, .grid.half { font-size: 10px } th, td { padding: 3px 6px } caption { font-size: 10px }
+  td small, tbody th small { font-size: 9px } tbody th, td small { white-space: normal }
+  .verdict p:first-child { font-size: 15px } .card b { font-size: 19px } .card span { font-size: 11px }
+  .card small { font-size: 10px } h1 { font-size: 22px } h2 { font-size: 16px; margin-top: 22px }
+  .grid th:first-child, .grid.half th:first-child { width: 104px } .sides q { font-size: 10px } }
 @media (max-width: 700px) { section { grid-template-columns: minmax(0, 1fr) }
-  main { padding: 24px 12px } th, td { padding: 6px 8px } h1 { font-size: 24px } }
+  main { padding: 24px 12px } th, td { padding: 6px 8px } h1 { font-size: 24px }
+  tbody th { white-space: normal } .sides { grid-template-columns: 1fr } }
 """

@@ -84,10 +84,10 @@ def _score_line(run: RunFiles, kind: str, result: dict[str, Any]) -> str:
 
 
 def _moot(pair: dict[str, Any], entry: dict[str, Any]) -> str:
-    """A warning where cells could hardly have shown a difference."""
+    """A warning where half of the cells or more could hardly have shown a difference."""
     moot = entry.get("uninformative") or 0
     cells = sum(len(one["tasks"]) for one in pair["lengths"])
-    if not moot:
+    if 2 * moot < cells or not moot:
         return ""
     which = "every one of its cells" if moot == cells else f"{moot} of its {cells} cells"
     return f" But {which} can hardly show a loss: both arms are below 10 or above 99 there."

@@ -268,9 +268,10 @@ def test_map_of_changes_has_losses_negative_and_tinted_as_worse(page):
     ("moot", "words"),
     [
         (0, None),
+        (8, None),
         (
-            5,
-            " But 5 of its 18 cells can hardly show a loss: both arms are below 10 or above 99 there.",
+            9,
+            " But 9 of its 18 cells can hardly show a loss: both arms are below 10 or above 99 there.",
         ),
         (18, " But every one of its cells can hardly show a loss:"),
     ],
