@@ -300,3 +300,27 @@ def test_difference_that_rounds_to_zero_has_no_sign():
         "\N{MINUS SIGN}0.01",
         "+0.5",
     )
+
+
+def test_mark_outside_of_the_curve_is_not_drawn():
+    points = [(40.0, 1.0), (80.0, 2.0)]
+    chart = line_chart(
+        [Series("a", points)], x_label="x", y_label="y", marks=[(2.0, "early"), (60.0, "inside")]
+    )
+    assert "inside" in chart and "early" not in chart
+
+
+def test_doubling_axis_puts_equal_ratios_at_equal_distances():
+    points = [(128.0, 1.0), (256.0, 1.5), (512.0, 2.0)]
+    chart = line_chart([Series("a", points)], x_label="x", y_label="y", doubling=True)
+    one, two, three = (float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart))
+    assert two - one == pytest.approx(three - two, abs=0.2)
+
+
+def test_band_goes_around_every_interval():
+    points = [(1.0, 1.0), (2.0, 2.0)]
+    chart = line_chart(
+        [Series("a", points, band=[(0.5, 1.5), (1.5, 2.5)])], x_label="x", y_label="y"
+    )
+    outline = re.search(r'<polygon class="band"[^>]*points="([^"]+)"', chart)
+    assert outline and len(outline[1].split()) == 4
