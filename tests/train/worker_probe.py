@@ -129,7 +129,7 @@ def optimizer_tensors(engine) -> list:
 
 def run_case(tiny, folder: Path, case: dict, rank: int, world_size: int) -> None:
     """Train one case with the real loop, then say what it left."""
-    stage = tiny.stage("sparse", activation_checkpointing=True, gradient_accumulation=2)
+    stage = tiny.stage("sparse", steps=2, activation_checkpointing=True, gradient_accumulation=2)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
     model = convert.load(folder / "start")
@@ -151,12 +151,12 @@ def run_case(tiny, folder: Path, case: dict, rank: int, world_size: int) -> None
     watched = Watched(probe, (rank, world_size))
     records = folder / f"{case['name']}.jsonl"
     metrics = Metrics(records) if rank == 0 else None
-    batches = [tiny.rows(2, seed=10 * number + rank) for number in range(6)]
+    batches = [tiny.rows(1, seed=10 * number + rank) for number in range(3)]
     loader = tiny.Rows(batches)
     loop = StageLoop(
         engine=engine,
         stage=stage,
-        train=tiny.train_section(probe_every=case["probe"], measure_every=3),
+        train=tiny.train_section(probe_every=case["probe"], measure_every=2),
         loader=loader,
         heldout=[tiny.rows(1, seed=900)],
         label="0-sparse",
