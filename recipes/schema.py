@@ -303,10 +303,11 @@ class Recipe(Section):
                 f"execution.prefill_chunk={chunk} is shorter than one block: use at least "
                 f"sparsity.block_size={block}"
             )
-        if not any(stage.kind == "ruler" or getattr(stage, "needles", 0) for stage in self.stages):
+        answering = ("ruler", "longbench")
+        if not any(s.kind in answering or getattr(s, "needles", 0) for s in self.stages):
             raise ValueError(
-                f"execution.prefill_chunk={chunk} has no effect: no stage answers prompts (ruler, or probe "
-                "with needles); remove it"
+                f"execution.prefill_chunk={chunk} has no effect: no stage answers prompts (ruler, longbench, "
+                "or probe with needles); remove it"
             )
         return self
 
