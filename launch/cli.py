@@ -38,7 +38,10 @@ HANDED_OVER = {
     "eval": ("dense2sparse.eval.run", "the evaluation stages alone, on any converted checkpoint"),
     "export": ("dense2sparse.model.export", "a finished run as a folder for other software"),
     "report": ("dense2sparse.eval.report", "the report of a run's folder, made again"),
-    "score": ("dense2sparse.eval.score", "scores of prediction files, also of those made elsewhere"),
+    "score": (
+        "dense2sparse.eval.score",
+        "scores of prediction files, also of those made elsewhere",
+    ),
     "lm-eval": ("dense2sparse.eval.lm_eval_command", "MMLU, GSM8K, ARC and others through lm-eval"),
 }
 TAKE_A_RECIPE = ("preflight", "eval")

@@ -306,8 +306,8 @@ class Recipe(Section):
         answering = ("ruler", "longbench")
         if not any(s.kind in answering or getattr(s, "needles", 0) for s in self.stages):
             raise ValueError(
-                f"execution.prefill_chunk={chunk} has no effect: no stage answers prompts (ruler, longbench, "
-                "or probe with needles); remove it"
+                f"execution.prefill_chunk={chunk} has no effect: no stage answers prompts (ruler, "
+                "longbench, or probe with needles); remove it"
             )
         return self
 
