@@ -119,7 +119,8 @@ def test_killed_at_ten_random_moments_the_predictions_are_the_same(
         # The first one while it still starts, the others when some lines are there and a little later.
         lines, seconds = (rng.randrange(1, every), 0.03) if moment else (0, 0.3)
         codes = ranks.run(run_dir, world_size, kill=(lines, rng.uniform(0, seconds)))
-        assert codes == [-signal.SIGKILL] * world_size
+        # A rank may be through before the kill reaches it; such a moment does not count as cut short.
+        assert {*codes} <= {-signal.SIGKILL, 0}
         cut_short += lines <= answered(run_dir) < every and not predictions(run_dir)
         assert ranks.run(run_dir, world_size) == [0] * world_size
         assert predictions(run_dir) == undisturbed
