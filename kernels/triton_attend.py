@@ -144,7 +144,7 @@ def default_launch(width: int, repeats: int, block_size: int, dtype: torch.dtype
     elif repeats == 1:
         tile = Launch(64, 32, 8, 2)
     else:
-        # Twice the tokens of 64 rows: half the reads for a tenth to a fifth more arithmetic (README.md).
+        # Twice the tokens of 64 rows: half the reads for a little more arithmetic (README.md).
         tile = Launch(128, 64, 8, 2)
     rows = max(tile.rows, triton.next_power_of_2(repeats))
     return replace(tile, rows=rows, keys=min(tile.keys, block_size))

@@ -4,7 +4,7 @@
     dense2sparse run --hostfile HOSTS RECIPE ...  on several (launch/multinode.sh, launch/slurm.sh)
     dense2sparse stop RECIPE [a.b=c ...]          asks that run to save and end at its next step
     dense2sparse plan RECIPE [a.b=c ...]          the resolved recipe and its stages
-    dense2sparse preflight | eval RECIPE ...      and: export | report | lm-eval RUN_FOLDER ...
+    dense2sparse preflight | eval RECIPE ...      and: export | report | score | lm-eval FOLDER
 
 Exit codes: 0 done; 1 failed; 2 the recipe or the command cannot be used (one sentence on stderr);
 75 asked to stop: saved, and the same command continues (a scheduler should requeue it).

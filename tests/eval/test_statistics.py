@@ -79,15 +79,22 @@ def simulated(
 
 
 def misses(
-    lost: float, *, tasks: int, samples: int, repeats: int, seed: int = 7
+    lost: float,
+    *,
+    tasks: int,
+    samples: int,
+    repeats: int,
+    seed: int = 7,
+    unseen: float = 100.0,
 ) -> tuple[float, float, float]:
     """Shares of repeats whose interval lies below the truth, above it; and that are called non-inferior
-    at a margin of exactly the truth."""
+    at a margin of exactly the truth. `unseen=0` is the plain bootstrap."""
     random = np.random.default_rng(seed)
     below = above = passed = 0
     for _ in range(repeats):
         gaps = simulated(random, lost, tasks=tasks, samples=samples)
-        interval = paired_bootstrap(gaps, draws=1000, seed=int(random.integers(1 << 30)))
+        drawn = int(random.integers(1 << 30))
+        interval = paired_bootstrap(gaps, draws=1000, seed=drawn, unseen=unseen)
         below += interval.high < lost
         above += interval.low > lost
         if lost:
@@ -188,7 +195,8 @@ def test_pairs_of_unequal_length_are_refused():
 
 
 def coverage_table(repeats: int = 2000) -> str:
-    """Markdown: how often the interval misses a known loss, by size of the benchmark."""
+    """Markdown: how often the interval misses a known loss, by size of the benchmark; then how often the
+    plain bootstrap covers a loss of 1 point with few prompts."""
     lines = ["| tasks x prompts | loss | below | above | covered |", "|---|---|---|---|---|"]
     for tasks, samples in ((1, 20), (1, 100), (3, 8), (13, 5), (13, 50), (13, 500)):
         for lost in (0.0, 1.0, 5.0):
@@ -197,6 +205,9 @@ def coverage_table(repeats: int = 2000) -> str:
             lines.append(
                 f"| {tasks} x {samples} | {lost:g} | {below:.1%} | {above:.1%} | {covered:.1%} |"
             )
+    for tasks, samples in ((1, 20), (3, 8), (13, 5)):
+        below, above, _ = misses(1.0, tasks=tasks, samples=samples, repeats=repeats, unseen=0.0)
+        lines.append(f"plain, loss 1, {tasks} x {samples}: {1 - below - above:.1%} covered")
     return "\n".join(lines)
 
 
