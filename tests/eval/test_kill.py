@@ -1,6 +1,7 @@
 """Ranks of `predict` that are killed at any moment and run again predict what an undisturbed run does.
 
-Real processes, real SIGKILL, two arms, with and without a second rank; prompts are longest first.
+Real processes and real SIGKILL: ten moments with ranks of our own, which start at once; one with the
+`deepspeed` launcher, the evaluation's own command and all four arms. Prompts are longest first.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from dense2sparse.data.fetch import FetchError
+from dense2sparse.eval.ruler_corpus import PUBLIC_DOMAIN, read_corpus
+from dense2sparse.eval.sources import SourceUnavailable
+
 HERE = Path(__file__).parent
+CACHE = HERE.parents[1] / ".cache" / "dense2sparse"
 MOMENTS = 10
 PROMPTS = 12
 ARMS = ("converted_dense", "converted_sparse-k4")
@@ -133,3 +141,82 @@ def test_more_ranks_may_take_up_what_one_left(ranks, undisturbed, tmp_path):
     ranks.run(tmp_path, 2, kill=(PROMPTS + 2, 0.0))
     assert ranks.run(tmp_path, 1) == [0]
     assert predictions(tmp_path) == undisturbed
+
+
+ALL_ARMS = 4
+ASKED = 6
+STAGE = f"  - {{kind: ruler, tasks: [niah_single_1], lengths: [1024], samples: {ASKED}}}"
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, answering, tokenizer):
+    """A converted model and a recipe that asks RULER's published words."""
+    try:
+        read_corpus(PUBLIC_DOMAIN, CACHE, tasks=["niah_single_1"], lengths=[1024])
+    except (SourceUnavailable, FetchError) as error:
+        pytest.skip(str(error))
+    home = tmp_path_factory.mktemp("published")
+    return answering.build_home(home, answering.lively_model(), tokenizer, stages=STAGE)
+
+
+def evaluate(home: Path, run_dir: Path, *launcher: str) -> subprocess.Popen:
+    """Start the evaluation alone, with `launcher` instead of this Python before the module."""
+    command = launcher or (sys.executable, "-m")
+    arguments = [
+        home / "recipe.yaml",
+        f"data.cache_dir={CACHE}",
+        "--checkpoint",
+        home / "converted",
+    ]
+    with open(run_dir.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(
+            [*command, "dense2sparse.eval.run", *map(str, arguments), "--output", str(run_dir)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )
+
+
+def two_ranks() -> list[str]:
+    """The launcher's command line as documented, for a machine where others launch too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    options = ["--hostfile", os.devnull, "--master_port", str(port), "--num_gpus", "2"]
+    return [program, *options, "--module"]
+
+
+def without_times(run_dir: Path) -> dict:
+    """The stage's result but for what differs from run to run."""
+    result = json.loads((run_dir / "eval/ruler/stage-0.json").read_text(encoding="utf-8"))
+    for arm in result["arms"].values():
+        assert arm.pop("seconds") >= 0 and arm.pop("costs")
+    return result
+
+
+@pytest.mark.e2e
+def test_launcher_killed_at_a_random_moment_goes_on_to_the_result_of_one_rank(published, tmp_path):
+    once, again = tmp_path / "once", tmp_path / "again"
+    assert evaluate(published, once).wait(PATIENCE_S) == 0, once.with_suffix(".log").read_text()
+    every = ALL_ARMS * ASKED
+    lines = random.Random().randrange(1, every - ASKED // 2)
+    launched = evaluate(published, again, *two_ranks())
+    until = time.monotonic() + PATIENCE_S
+    while answered(again) < lines:
+        assert launched.poll() is None and time.monotonic() < until, f"not killed at {lines}"
+        time.sleep(0.002)
+    os.killpg(launched.pid, signal.SIGKILL)  # launcher and ranks: they share its process group
+    launched.wait()
+    assert lines <= answered(again) and not (again / "report.html").exists()
+
+    launched = evaluate(published, again, *two_ranks())
+    assert launched.wait(PATIENCE_S) == 0, again.with_suffix(".log").read_text()
+    assert answered(again) == every, f"killed at {lines}: a prompt was answered twice or never"
+    found = predictions(again)
+    assert len(found) == ALL_ARMS and found == predictions(once), f"killed at {lines}"
+    assert without_times(again) == without_times(once), f"killed at {lines}"
+    journals = {path.name for path in again.rglob("rank-*.jsonl")}
+    assert journals == {"rank-0-of-2.jsonl", "rank-1-of-2.jsonl"}
