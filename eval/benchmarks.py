@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers import AutoConfig
+
 from ..recipes.schema import LongbenchStage, RulerStage
 from . import longbench, longbench_score, score, tables
 from .arms import ArmRun, arm_runs
 from .context import EvalContext
 from .generate import Prompt
 from .models import Models, attending
+from .perplexity import shape
 from .predict import claim, merge, predict, share
 from .prepare import Prompts, load, prepare
 from .progress import estimate, told, trial
@@ -53,6 +56,7 @@ def run_ruler(ctx: EvalContext, stage: RulerStage) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         return {
             "label": prompts.label,
+            "corpus": stage.corpus,
             "prompts": prompts.digest,
             "samples": stage.samples,
             "lengths": sorted(stage.lengths),
@@ -142,7 +146,8 @@ def results(
     """Merges predictions into the stage's folder and scores them; rank 0 only.
 
     Returns:
-        `arms`, `comparisons` and `margin` of the stage's result; and each arm's scored predictions.
+        `arms`, `comparisons` and `margin` of the stage's result, each arm with its `costs` and the `shape`
+        that its operations are counted from; and each arm's scored predictions.
     """
     home = ctx.folder(kind) / f"stage-{ctx.number(stage)}"
     arms = {
@@ -153,6 +158,7 @@ def results(
     for label, arm in found["arms"].items():
         journals = read_journals(folders[label])
         costs = tables.costs({one.id: journals[one.id] for one in prompts.samples})
+        arm["shape"] = _shape(ctx, arm["arm"])
         arm["costs"] = costs
         arm["seconds"] = round(sum(cost["seconds"] for cost in costs.values()), 1)
         for length, by_task in arm["scores"].items():
@@ -229,6 +235,12 @@ def _longbench_prompts(
     without = {entry["task"] for entry in unscorable}
     samples = [one for one in made.samples if one.task not in without]
     return replace(made, samples=samples), told["missing"] + unscorable
+
+
+def _shape(ctx: EvalContext, arm: str) -> dict[str, int]:
+    """Of the checkpoint behind an arm, from its config: the model may not have been loaded."""
+    path = ctx.original if arm == "original_dense" else ctx.converted
+    return shape(AutoConfig.from_pretrained(path))
 
 
 def _identity(ctx: EvalContext, models: Models, run: ArmRun, prompts: PromptSet) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def budget_section(run: RunFiles) -> Section:
             charts: list[Block] = []
             tables: list[Block] = []
             for length in measured_lengths(result):
-                chart, table = _ruler(result, length, _shape(run, result))
+                chart, table = _ruler(result, length)
                 charts.append(chart)
                 tables.append(table)
             section.blocks.extend([*charts, *tables])
@@ -47,9 +47,7 @@ def budget_section(run: RunFiles) -> Section:
 
 def _perplexity(result: dict[str, Any]) -> list[Block]:
     values = {label: arm["perplexity"] for label, arm in result["arms"].items()}
-    shape = next(
-        (arm["shape"] for arm in result["arms"].values() if "block_size" in _of(arm)), None
-    )
+    shape = _shape(result)
     rows: list[list[Cell | str]] = [_dense_row(values, shape, result["row_len"], 3)]
     for top_k in budgets(result):
         row = _row(values, top_k, 3)
@@ -70,9 +68,8 @@ def _perplexity(result: dict[str, Any]) -> list[Block]:
     ]
 
 
-def _ruler(
-    result: dict[str, Any], length: str, shape: dict[str, int] | None
-) -> tuple[Chart, Table]:
+def _ruler(result: dict[str, Any], length: str) -> tuple[Chart, Table]:
+    shape = _shape(result)
     values = {
         label: arm["means"][length]
         for label, arm in result["arms"].items()
@@ -146,15 +143,7 @@ def _seconds(result: dict[str, Any], label: str, length: str) -> str:
     return f"{cost['prefill_s']:.3g}, {cost['s_per_new_token']:.3g}"
 
 
-def _shape(run: RunFiles, result: dict[str, Any]) -> dict[str, int] | None:
-    """Of a perplexity stage that measured the same checkpoint."""
-    for other in run.results["perplexity"]:
-        if other.get("checkpoint") == result.get("checkpoint"):
-            for arm in other["arms"].values():
-                if "block_size" in _of(arm):
-                    return arm["shape"]
-    return None
-
-
-def _of(arm: dict[str, Any]) -> dict[str, int]:
-    return arm.get("shape") or {}
+def _shape(result: dict[str, Any]) -> dict[str, int] | None:
+    """Of the converted model; None in results of an earlier version."""
+    shapes = [arm.get("shape") or {} for arm in result["arms"].values()]
+    return next((shape for shape in shapes if "block_size" in shape), None)

@@ -70,6 +70,9 @@ def _score_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
                         yield {**shared, "measure": count, "value": cell[count]}
             shared = {"length": length, "task": _mean_of(tasks), "arm": label}
             yield {**shared, "measure": "score", "value": arm["means"][length]}
+        for name, value in (arm.get("ruler") or {}).items():
+            if name != "all_tasks" and value is not None:
+                yield {"length": "all", "arm": label, "measure": name, "value": value}
         yield from _needle_rows(label, arm)
     for pair in result.get("comparisons", []):
         measure = f"{pair['meaning']} (points lost)"

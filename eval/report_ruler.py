@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..recipes.stages import RULER_TASKS
 from .report_blocks import Block, Cell, Flip, Flips, Section, Side, Table, Text
 from .report_costs import Cost, costs
 from .report_data import RunFiles
@@ -24,6 +25,7 @@ from .report_words import (
     span,
     when,
 )
+from .tables import EFFECTIVE
 
 _TINT_POINTS = 20.0
 """A change of so many points has the full tint."""
@@ -157,6 +159,8 @@ def _arms_table(result: dict[str, Any], length: str, *, folded: bool) -> Table:
         f"{length_name(length)} tokens, {result['samples']} prompts a task, the same in every arm. "
         f"* {MOOT}"
     )
+    if not folded and any(arm.get("ruler") for arm in arms.values()):
+        caption += ". RULER's effective length and weighted averages: not computed: one length"
     fold = f"Every arm and budget at {length_name(length)} tokens" if folded else ""
     return Table(["task", *map(arm_name, arms)], rows, caption, fold=fold)
 
@@ -174,23 +178,55 @@ def _by_length(run: RunFiles, result: dict[str, Any]) -> list[Block]:
     if len(lengths) < 2:
         return []
     top_k = main_budget(run, result)
+    shown = {label: result["arms"][label] for label in shown_arms(run, result)}
+    own = any(arm.get("ruler") for arm in shown.values())
     rows: list[list[Cell | str]] = []
-    for label in shown_arms(run, result):
-        means = result["arms"][label]["means"]
-        shown = [Cell(f"{means[n]:.1f}", means[n]) if n in means else "" for n in lengths]
-        rows.append([arm_name(label), *shown])
+    for label, arm in shown.items():
+        means = arm["means"]
+        cells = [Cell(f"{means[n]:.1f}", means[n]) if n in means else "" for n in lengths]
+        rows.append([arm_name(label), *cells, *(_own_figures(arm, lengths) if own else [])])
     for meaning, words in MEANINGS.items():
         pair = find_pair(result, meaning, top_k)
         if pair is None:
             continue
         entries = {str(entry["length"]): entry for entry in pair["lengths"]}
         cells = [_lost(entries.get(length)) for length in lengths]
-        rows.append([f"{meaning} ({words})", *cells])
+        rows.append([Cell(meaning, small=words), *cells, *[""] * len(_OWN) * own])
     caption = (
         f"{ruler_name(measured_tasks(result))} by length; below the arms the points that are lost from one "
         "to the next, with 95 % intervals"
     )
-    return [Table(["", *map(length_name, lengths)], rows, caption)]
+    blocks: list[Block] = [Table(["", *map(length_name, lengths), *_OWN * own], rows, caption)]
+    return [*blocks, Text(_own_words(result))] if own else blocks
+
+
+_OWN = ("wAvg (inc)", "wAvg (dec)", "effective length")
+
+
+def _own_figures(arm: dict[str, Any], lengths: list[str]) -> list[Cell | str]:
+    """RULER's own summary of an arm, as the columns `_OWN`."""
+    own = arm["ruler"]
+    length = own["effective_length"]
+    averages: list[Cell | str] = [f"{own[name]:.1f}" for name in ("wavg_inc", "wavg_dec")]
+    if length is None:
+        return [*averages, f"below {length_name(lengths[0])}"]
+    longest = str(length) == lengths[-1]
+    return [*averages, Cell(length_name(length), small="the longest measured" * longest)]
+
+
+def _own_words(result: dict[str, Any]) -> str:
+    """What RULER's own figures are, and what keeps them from being compared with published ones."""
+    said = (
+        "The last three columns are RULER's own figures (arXiv 2404.06654): averages that weigh the "
+        "longest (inc) or the shortest length (dec) most, and the longest length up to which every mean "
+        f"is at least {EFFECTIVE}."
+    )
+    lacks = []
+    if result.get("corpus") != "nvidia":
+        lacks.append("the data is not NVIDIA's")
+    if not all(arm["ruler"]["all_tasks"] for arm in result["arms"].values()):
+        lacks.append(f"not every length has all {len(RULER_TASKS)} tasks")
+    return f"{said} They do not compare with published ones: {listed(lacks)}." if lacks else said
 
 
 def _lost(entry: dict[str, Any] | None) -> Cell | str:

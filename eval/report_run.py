@@ -10,7 +10,7 @@ from .charts import Series, line_chart
 from .report_blocks import Cell, Chart, Details, Section, Table, Text
 from .report_data import RunFiles, duration
 from .report_longbench import missing_tasks
-from .report_words import arm_name, measured_tasks
+from .report_words import arm_name, listed, measured_tasks
 
 NAMES = {
     "probe": "the oracle probe",
@@ -42,6 +42,12 @@ _CURVES = (
 )
 
 
+_PROBE = (
+    "Probe during training: RULER tasks at the rows' length, answered by the sparse model; few prompts, so "
+    "read the direction and not the points"
+)
+
+
 def training_section(run: RunFiles) -> Section:
     """Curves against training tokens."""
     section = Section("Training")
@@ -60,6 +66,16 @@ def training_section(run: RunFiles) -> Section:
         chart = line_chart(series, x_label="training tokens", y_label=unit, marks=marks)
         if chart:
             section.blocks.append(Chart(chart, title, half=True))
+    tasks = sorted({name for record in run.metrics for name in record if name.startswith("probe/")})
+    series = [
+        Series(name.removeprefix("probe/"), run.series(name), colour)
+        for colour, name in enumerate(tasks, start=1)
+    ]
+    chart = line_chart(
+        series, x_label="training tokens", y_label="score", marks=marks, y_range=(0.0, 100.0)
+    )
+    if chart:
+        section.blocks.append(Chart(chart, _PROBE, half=True))
     if not run.metrics:
         section.blocks.append(Text("No metrics.jsonl: this run trained nothing yet.", "warn"))
     return section
@@ -147,6 +163,7 @@ def environment_section(run: RunFiles) -> Section:
         section.blocks.append(Table(["key", "value"], rows))
     else:
         section.blocks.append(Text("No environment.json in the run's folder.", "warn"))
+    section.blocks.extend(Text(line) for line in _positions(run))
     times: list[list[Cell | str]] = [
         [f"{number}-{done.get('kind', '')}", f"{duration(done):.0f} s"]
         for number, done in run.done.items()
@@ -160,6 +177,31 @@ def environment_section(run: RunFiles) -> Section:
     recipe = json.dumps(run.recipe, indent=2, ensure_ascii=False)
     section.blocks.append(Details("Resolved recipe", recipe))
     return section
+
+
+def _positions(run: RunFiles) -> list[str]:
+    """Window and rope of what was measured, one sentence for all stages that had the same."""
+    told: dict[str, list[str]] = {}
+    for kind, results in run.results.items():
+        for one in results:
+            if "positions" in one:
+                told.setdefault(_rope(one["positions"]), []).append(
+                    f"{kind} (stage {one['stage']})"
+                )
+    if len(told) == 1:
+        return [f"Positions: {words}, the same in every arm." for words in told]
+    return [
+        f"Positions in {listed(places)}: {words}, the same in every arm."
+        for words, places in told.items()
+    ]
+
+
+def _rope(positions: dict[str, Any]) -> str:
+    """`window 32768, yarn, factor 4`."""
+    rope = positions["rope"] or {}
+    factor = [f"factor {rope['factor']:g}"] if "factor" in rope else []
+    kind = [rope["rope_type"]] if rope else []
+    return ", ".join([f"window {positions['window']}", *kind, *factor])
 
 
 def _checksums(run: RunFiles) -> list[list[Cell | str]]:

@@ -24,6 +24,8 @@ from .errors import sentence
 from .records import read_predictions, write_json
 from .tables import Predictions
 
+DEFAULT_BENCHMARK = "ruler"
+"""Of a record that names none."""
 DEFAULT_MARGIN = 1.0
 """Points; the recipe's report stage names another."""
 _METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -40,7 +42,7 @@ def score_of(record: Mapping[str, Any]) -> float:
     Raises:
         ValueError: a benchmark that is not known.
     """
-    benchmark = record.get("benchmark", "ruler")
+    benchmark = record.get("benchmark", DEFAULT_BENCHMARK)
     if benchmark not in _METRICS:
         raise ValueError(
             f"benchmark={benchmark!r} of prediction {record['id']}: use {' or '.join(_METRICS)}"
@@ -79,6 +81,7 @@ def evaluate(
             "top_k": None if run is None else run.top_k,
             "scores": table,
             "means": tables.means(table),
+            "ruler": tables.ruler_summary(table) if _is_ruler(records) else None,
             "needles": tables.needles(records),
             "depths": tables.depths(records),
         }
@@ -187,6 +190,13 @@ def _check_notes(notes: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
+def _is_ruler(records: Predictions) -> bool:
+    return all(
+        record.get("benchmark", DEFAULT_BENCHMARK) == DEFAULT_BENCHMARK
+        for record in records.values()
+    )
+
+
 def _run(label: str) -> ArmRun | None:
     try:
         return ArmRun.parse(label)
@@ -200,6 +210,8 @@ def summary(found: Mapping[str, Any]) -> str:
     for label, arm in found["arms"].items():
         means = "  ".join(f"{length}: {mean:.2f}" for length, mean in arm["means"].items())
         lines.append(f"{label:28} {means}")
+        if arm["ruler"]:
+            lines.append(f"{'':28} {_ruler_line(arm['ruler'])}")
     for pair in found["comparisons"]:
         lost = pair["overall"]["lost"]
         lines.append(
@@ -210,6 +222,17 @@ def summary(found: Mapping[str, Any]) -> str:
     if not found["comparisons"]:
         lines.append("no two arms to compare: name folders by their arm, or give --compare")
     return "\n".join(lines)
+
+
+def _ruler_line(own: Mapping[str, Any]) -> str:
+    """RULER's own figures of an arm, and what they lack."""
+    if own["wavg_inc"] is None:
+        return "RULER's effective length, wAvg(inc), wAvg(dec): not computed: one length"
+    length = own["effective_length"] or "below the shortest"
+    said = f"effective length: {length}  wAvg(inc): {own['wavg_inc']:.2f}  wAvg(dec): {own['wavg_dec']:.2f}"
+    if own["all_tasks"]:
+        return f"{said} (comparable if the prompts are made of NVIDIA's data)"
+    return f"{said} (not comparable with published ones: not all 13 tasks are here)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,12 +6,14 @@ prompts are needed. Differences are "points lost": first arm minus second, so a 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..recipes.stages import RULER_TASKS
 from .statistics import (
     changed_p,
     holm,
@@ -24,6 +26,8 @@ from .statistics import (
 Predictions = dict[str, dict[str, Any]]
 LOWEST, HIGHEST = 10, 99
 """Outside of these a cell is uninformative: it is at the floor, or at the ceiling."""
+EFFECTIVE = 85.6
+"""Mean that a length must reach to be effective: Llama2-7B's at 4K (RULER, arXiv 2404.06654)."""
 RECALL_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _DEPTHS = 10
 _FLIPS = 5
@@ -49,12 +53,34 @@ def cells(records: Predictions) -> dict[str, dict[str, dict[str, Any]]]:
     return table
 
 
-def means(table: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
+def means(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """length -> plain mean over its tasks."""
     return {
         length: sum(cell["score"] for cell in tasks.values()) / len(tasks)
         for length, tasks in table.items()
     }
+
+
+def ruler_summary(table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """RULER's own figures of one arm over the lengths that were measured, from its `cells`.
+
+    Returns:
+        `effective_length`: tokens of the longest length whose mean, and that of every shorter one, is at
+        least `EFFECTIVE`; None where the shortest is below. `wavg_inc`, `wavg_dec`: means with weights 1
+        to n and n to 1, shortest length first (arXiv 2404.06654). All three are None for one
+        length. `all_tasks`: every length has the 13 tasks, without which no published figure compares.
+    """
+    lengths = sorted(table, key=int)
+    by_length = [means(table)[length] for length in lengths]
+    found: dict[str, Any] = dict.fromkeys(("effective_length", "wavg_inc", "wavg_dec"))
+    if len(lengths) > 1:
+        rising = np.arange(1, len(lengths) + 1)
+        held = sum(1 for _ in itertools.takewhile(lambda mean: mean >= EFFECTIVE, by_length))
+        found["effective_length"] = int(lengths[held - 1]) if held else None
+        found["wavg_inc"] = float(np.average(by_length, weights=rising))
+        found["wavg_dec"] = float(np.average(by_length, weights=rising[::-1]))
+    every = all(set(RULER_TASKS) <= set(tasks) for tasks in table.values())
+    return {**found, "all_tasks": every}
 
 
 def compare(first: Predictions, second: Predictions, *, margin: float) -> dict[str, Any]:

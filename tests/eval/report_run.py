@@ -32,6 +32,7 @@ def write(folder: Path, *, samples: int = 24) -> Path:
     ]
     after = ["1-warmup", "2-sparse"]
     head = {"state": None, "after": after, "checkpoint": "c0ffee" * 10, "checkpoint_top_k": 16}
+    head |= {"positions": {"window": 32768, "rope": {"rope_type": "yarn", "factor": 4.0}}}
     _json(folder / "recipe.json", _recipe())
     _json(folder / "environment.json", _ENVIRONMENT)
     _json(folder / "stages/1-warmup/done.json", {"kind": "warmup", "seconds": 5400.0})
@@ -81,6 +82,11 @@ def _metrics() -> str:
         }
         if stage == 2:
             record["train/grad_norm/backbone"] = 0.6 + 0.4 * fall + abs(rng.gauss(0, 0.03))
+        if step % 15 == 0:
+            risen = 1 - math.exp(-step / 40)
+            for place, task in enumerate(("niah_single_2", "niah_multikey_3", "vt")):
+                record[f"probe/{task}"] = 5.0 * round(20 * risen * (1 - 0.2 * place))
+            record["perf/probe_s"] = 11.5
         if step % 20 == 0:
             mean = 0.98 - 0.12 * fall
             record |= {
@@ -156,7 +162,9 @@ def _ruler(labels: list[str], samples: int) -> dict[str, Any]:
             for length in LENGTHS
         }
         arm["seconds"] = 180.0
+        arm["shape"] = SHAPE
     head = {"kind": "ruler", "stage": 4, "label": "ruler-pd, not comparable with published scores"}
+    head |= {"corpus": "ruler-pd"}
     skipped = [{"task": "cwe", "length": 512, "reason": "cwe needs 1216 tokens"}]
     sizes = {"samples": samples, "lengths": list(LENGTHS), "tasks": list(TASKS), "block_size": 128}
     return {**head, **sizes, "prompts": "beef" * 16, "skipped": skipped, **found}

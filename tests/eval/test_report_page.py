@@ -17,6 +17,7 @@ from dense2sparse.eval.report_arithmetic import dense_per_token, mean_keys, spar
 
 WRITE = runpy.run_path(str(Path(__file__).with_name("report_run.py")))["write"]
 RULER = "eval/ruler/stage-4.json"
+PERPLEXITY = "eval/perplexity/stage-3.json"
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,10 @@ def test_section_without_its_files_is_left_out(page, title):
 
 def without_what_is_new(content):
     """A RULER or perplexity result as an earlier version wrote it."""
-    content.pop("margin", None)
+    for name in ("margin", "positions", "corpus"):
+        content.pop(name, None)
     for arm in content["arms"].values():
-        for name in ("depths", "needles", "costs", "positions", "row_positions", "shape"):
+        for name in ("depths", "needles", "costs", "positions", "row_positions", "shape", "ruler"):
             arm.pop(name, None)
         for cells in arm.get("scores", {}).values():
             for cell in cells.values():
@@ -90,11 +92,12 @@ def without_what_is_new(content):
 
 
 def test_results_of_an_earlier_version_leave_blocks_out_and_are_not_recorded_as_none(page):
-    made = page(dict.fromkeys((RULER, "eval/perplexity/stage-3.json"), without_what_is_new))
-    text = made["markdown"]
+    older = dict.fromkeys((RULER, PERPLEXITY), without_what_is_new)
+    text = page({**older, "eval/longbench/stage-5.json": None})["markdown"]
+    assert "Positions" not in text and "wAvg" not in text
     assert "## Needles" not in text and "Perplexity by position" not in text
     assert "| not recorded | " in text and "arithmetic" in text
-    assert "within the margin" not in text.split("LongBench")[0]
+    assert "within the margin" not in text
     assert re.search(r"\| k = 16 \|  \| [\d.]+ \| [\d.]+ \| [^|]+ \|  \|  \|", text)
 
 
@@ -296,3 +299,40 @@ def test_cause_that_changed_no_answer_is_told_as_none(page):
 
     assert "indexer error none." in page({RULER: change})["markdown"].split("**")[1]
     assert "by cause" not in page({RULER: same})["markdown"].split("**")[1]
+
+
+def test_positions_are_told_once_where_all_stages_had_the_same(page):
+    def other(content):
+        content["positions"] = {"window": 8192, "rope": None}
+
+    text = page()["markdown"]
+    assert "Positions: window 32768, yarn, factor 4, the same in every arm." in text
+    text = page({RULER: other})["markdown"]
+    assert "Positions in ruler (stage 4): window 8192, the same in every arm." in text
+    assert "Positions in perplexity (stage 3) and longbench (stage 5): window 32768, yarn" in text
+
+
+def test_probe_during_training_is_a_curve_a_task_and_its_seconds_are_not(page):
+    html = page()["html"].split("<h2>Training</h2>")[1].split("</section>")[0]
+    chart = next(part for part in html.split("<figure") if "Probe during training" in part)
+    assert chart.count("<polyline") == 3 and "11.5" not in html
+    for task in ("niah_single_2", "niah_multikey_3", "vt"):
+        assert f"</i>{task}</span>" in chart
+
+
+def test_rulers_own_figures_stand_beside_the_means_and_say_what_they_lack(page, source):
+    own = json.loads(source[RULER])["arms"]["converted_dense"]["ruler"]
+    text = page()["markdown"]
+    columns = "|  | 4K | 16K | 32K | wAvg (inc) | wAvg (dec) | effective length |"
+    row = f"| {own['wavg_inc']:.1f} | {own['wavg_dec']:.1f} | below 4K |"
+    assert columns in text and row in text
+    lacks = "the data is not NVIDIA's and not every length has all 13 tasks."
+    assert f"They do not compare with published ones: {lacks}" in text
+
+    def complete(content):
+        content["corpus"] = "nvidia"
+        for arm in content["arms"].values():
+            arm["ruler"] |= {"all_tasks": True, "effective_length": 32768}
+
+    text = page({RULER: complete})["markdown"]
+    assert "32K (the longest measured)" in text and "They do not compare" not in text

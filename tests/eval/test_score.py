@@ -11,6 +11,7 @@ import pytest
 from dense2sparse.eval import score, tables
 from dense2sparse.eval.arms import ArmRun, arm_runs, comparisons
 from dense2sparse.eval.score import check_same_prompts, evaluate, read_folder, scored
+from dense2sparse.recipes.stages import RULER_TASKS
 
 ARMS = (
     "original_dense",
@@ -130,6 +131,49 @@ def test_needle_blocks_are_set_against_correctness():
     assert [one["score"] for one in found["by_recall"]] == [0.0, 0.0, None, 100.0]
     assert found["correlation"] == pytest.approx(0.7 / 0.53**0.5)
     assert tables.needles(scored(arm(3))) is None
+
+
+def table_of(means: dict[int, float], tasks=RULER_TASKS) -> dict:
+    """Cells of an arm whose tasks all have the mean."""
+    return {str(n): {task: {"score": mean} for task in tasks} for n, mean in means.items()}
+
+
+@pytest.mark.parametrize(
+    ("published", "effective", "weighted"),
+    [
+        ((95.5, 93.8, 91.6, 87.4, 84.7, 77.0), 32768, (85.4, 91.3)),  # Llama-3.1-8B-Instruct
+        ((96.5, 95.8, 95.4, 94.8, 88.4, 66.6), 65536, None),  # Llama-3.1-70B-Instruct
+        ((96.8, 95.3, 93.0, 91.1, 90.4, 84.4), 65536, None),  # Qwen2.5-7B-Instruct-1M
+        ((95.1, 93.6, 91.0, 87.8, 77.8, 66.0), 32768, None),  # Qwen3-4B
+        ((84.0, 90.0, 90.0, 90.0, 90.0, 90.0), None, None),
+        ((90.0, 85.6, 85.5, 90.0, 90.0, 90.0), 8192, None),
+    ],
+)
+def test_rulers_own_figures_are_those_of_published_rows(published, effective, weighted):
+    lengths = [4096 * 2**place for place in range(6)]
+    found = tables.ruler_summary(table_of(dict(zip(lengths, published, strict=True))))
+    assert found["effective_length"] == effective and found["all_tasks"]
+    if weighted:
+        assert (round(found["wavg_inc"], 1), round(found["wavg_dec"], 1)) == weighted
+
+
+def test_rulers_own_figures_need_two_lengths_and_say_when_tasks_are_missing():
+    one = tables.ruler_summary(table_of({4096: 90.0}, tasks=("vt",)))
+    none = dict.fromkeys(("effective_length", "wavg_inc", "wavg_dec"))
+    assert one == {**none, "all_tasks": False}
+    long_first = tables.ruler_summary(table_of({131072: 60.0, 4096: 90.0}))
+    assert (long_first["wavg_inc"], long_first["wavg_dec"]) == (70.0, 80.0), "shortest length first"
+
+
+def test_score_command_says_rulers_own_figures_and_what_they_lack(tmp_path, capsys):
+    records = {**arm(9, length=4096), **arm(5, length=8192)}
+    write(tmp_path, {"theirs": records})
+    assert score.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "effective length: 4096  wAvg(inc): 63.33  wAvg(dec): 76.67 (not comparable" in said
+    write(tmp_path / "short", {"theirs": arm(9)})
+    assert score.main([str(tmp_path / "short")]) == 0
+    assert "wAvg(dec): not computed: one length" in capsys.readouterr().out
 
 
 def test_depth_is_where_the_only_needle_lies():

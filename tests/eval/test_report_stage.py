@@ -1,0 +1,62 @@
+"""What the stages leave is what the report reads: a tiny model is measured, the page made from that."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dense2sparse.eval import benchmarks, perplexity, stages
+from dense2sparse.eval.report import write_report
+from dense2sparse.eval.report_arithmetic import dense_per_token, operations, sparse_per_token
+from dense2sparse.eval.ruler_corpus import PUBLIC_DOMAIN, Corpus
+from dense2sparse.model import convert
+
+RULER = """
+  - {kind: ruler, tasks: [niah_single_1, vt], lengths: [512, 640], samples: 1, top_k: [4, 8]}
+"""
+
+
+@pytest.fixture(scope="module")
+def answering():
+    path = Path(__file__).with_name("answering.py")
+    spec = importlib.util.spec_from_file_location("answering_for_report", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def measured(answering, tmp_path_factory, tokenizer, ruler_like_words, works):
+    """The context of a run with one RULER stage that has been run."""
+    home = tmp_path_factory.mktemp("report-stage")
+    answering.build_home(home, answering.lively_model(), tokenizer, stages=RULER)
+    ctx = answering.context(home, home / "run")
+    templates = {
+        family: replace(template, new_tokens=2)
+        for family, template in ruler_like_words.templates.items()
+    }
+    corpus = Corpus(PUBLIC_DOMAIN, replace(ruler_like_words, templates=templates), works)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks, "read_corpus", lambda name, cache, **wanted: corpus)
+        stages.run_ruler(ctx, next(one for one in ctx.recipe.stages if one.kind == "ruler"))
+    return ctx
+
+
+def test_operations_stand_beside_the_scores_of_a_stage_that_measured_no_perplexity(measured):
+    path = measured.run_dir / "eval/ruler/stage-0.json"
+    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    shape = perplexity.shape(convert.load(measured.converted).config)
+    assert arms["converted_sparse-k4"]["shape"] == arms["converted_oracle-k8"]["shape"] == shape
+    assert "block_size" in shape and "block_size" not in arms["original_dense"]["shape"]
+    text = write_report(measured.run_dir)["markdown"].read_text(encoding="utf-8")
+    dense, sparse = dense_per_token(shape, 640), sparse_per_token(shape, 640, 4)
+    share = f"{100 * sparse / dense:.0f} %"
+    assert f"| {operations(dense)} | 100 % |" in text
+    assert f"| {operations(sparse)} | {share} |" in text
+    assert "the data is not NVIDIA's and not every length has all 13 tasks" in text
