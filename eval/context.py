@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..model.convert import CONFIG_KEY
 from ..model.execution import Execution
 from ..model.geometry import Geometry
+from ..model.original import positions
 from ..recipes.schema import Recipe
 from .arms import ArmRun
 from .models import Models, checkpoint_fingerprint
@@ -112,6 +113,7 @@ class EvalContext:
             head |= {"precision": str(self.dtype).removeprefix("torch.")}
             head |= {"index_precision": self.recipe.execution.index_precision}
             head |= {"checkpoint_top_k": self.geometry().top_k}
+            head |= {"positions": positions(AutoConfig.from_pretrained(self.original))}
             write_json(path, {**head, **make()})
         self.barrier()
         return json.loads(path.read_text(encoding="utf-8"))
@@ -140,8 +142,7 @@ class EvalContext:
 
     def window(self) -> int | None:
         """Positions that the original checkpoint was made for."""
-        config = AutoConfig.from_pretrained(self.original).get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return positions(AutoConfig.from_pretrained(self.original))["window"]
 
 
 def _trained_before(recipe: Recipe, number: int) -> list[str]:

