@@ -2,9 +2,7 @@
 line.
 
 The loop and the evaluation stages hand plain numbers to `Metrics.log`; a name that is not declared
-here is refused. The x-axis is tokens: `define_metric` ties every wandb series to it, because a
-resumed run repeats steps and wandb drops points whose own step goes backwards. Only rank 0 builds a
-`Metrics`.
+here is refused. Only rank 0 builds a `Metrics`.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..data.fetch import write_atomically
+from ..eval.wandb_run import WandbRun
 
 NAMES: dict[str, str] = {
     "train/loss_lm": "LM loss, nats per target token, over all ranks and micro batches of the step",
@@ -122,14 +121,14 @@ def _drop_torn_line(path: Path) -> None:
 class Metrics:
     """Writes each record to `metrics.jsonl` and to wandb; the same numbers in both."""
 
-    def __init__(self, path: Path, *, wandb_run: Any = None) -> None:
+    def __init__(self, path: Path, *, wandb: WandbRun | None = None) -> None:
         """
         Args:
             path: the `metrics.jsonl` of the run; opened for appending at the first record.
-            wandb_run: result of `start_wandb`, or None to write the file only.
+            wandb: the started run, or None to write the file only.
         """
         self.path = path
-        self._wandb = wandb_run
+        self.wandb = wandb
         self._file: TextIO | None = None
 
     def log(
@@ -149,8 +148,8 @@ class Metrics:
             self._file = self.path.open("a", encoding="utf-8")
         self._file.write(json.dumps({**head, **finite}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({"step": step, "tokens": tokens, "stage": stage_index, **finite})
+        if self.wandb is not None:
+            self.wandb.log({"step": step, "tokens": tokens, "stage": stage_index, **finite})
 
     def reopen(self) -> None:
         """Forget the open file; the next record opens it again (used around `truncate`)."""
@@ -161,54 +160,8 @@ class Metrics:
     def close(self, *, failed: bool = False) -> None:
         """Close the file and the wandb run."""
         self.reopen()
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.finish(exit_code=1 if failed else 0)
-            self._wandb = None
-            # `finish` may return before wandb's own process has written the file; this waits for it.
-            wandb.teardown()
-
-
-def start_wandb(settings: Any, *, name: str, run_id: str, run_dir: Path, config: dict) -> Any:
-    """Start or continue the wandb run, or return None where the recipe says `disabled`.
-
-    Args:
-        settings: the recipe's `wandb` section.
-        run_id: stays the same over resumes of one run folder.
-
-    Raises:
-        ValueError: online without an account or a network, in one sentence.
-    """
-    if settings.mode == "disabled":
-        return None
-    # Imported here because importing wandb takes a second that a disabled run need not spend.
-    import wandb
-
-    try:
-        run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            group=settings.group,
-            tags=settings.tags or None,
-            name=name,
-            id=run_id,
-            resume="allow",
-            mode=settings.mode,
-            dir=str(run_dir),
-            config=config,
-            settings=wandb.Settings(silent=settings.mode == "offline", console="off"),
-        )
-    except wandb.errors.Error as error:
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"wandb.mode=online did not start ({first}): run `wandb login`, set WANDB_API_KEY, "
-            "or use wandb.mode=offline"
-        ) from None
-    run.define_metric("tokens")
-    run.define_metric("step", hidden=True)
-    run.define_metric("*", step_metric="tokens")
-    return run
+        if self.wandb is not None:
+            self.wandb.finish(failed=failed)
 
 
 def duration(seconds: float) -> str:

@@ -123,12 +123,13 @@ def open_run(recipe: Any, run_dir: Path) -> RunContext:
     import torch
     import transformers
 
+    from ..eval.wandb_run import start_wandb
     from .context import RunContext, repository_commit
     from .engine import init_distributed
     from .environment import write_environment
     from .files import read_json, write_json
     from .identity import RUN_FILE
-    from .metrics import Metrics, start_wandb
+    from .metrics import Metrics
     from .stopping import StopRequests
 
     transformers.utils.logging.disable_progress_bar()
@@ -158,7 +159,7 @@ def open_run(recipe: Any, run_dir: Path) -> RunContext:
             run_dir=run_dir,
             config={**resolved(recipe), "commit": commit, "world_size": world_size},
         )
-        metrics = Metrics(run_dir / "metrics.jsonl", wandb_run=run)
+        metrics = Metrics(run_dir / "metrics.jsonl", wandb=run)
     context = RunContext(
         recipe=recipe,
         run_dir=run_dir,

@@ -7,8 +7,10 @@ import json
 import struct
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from dense2sparse.eval.wandb_run import start_wandb
 from dense2sparse.train import metrics as recording
 from dense2sparse.train.metrics import Metrics, Progress, check_names, read_records, truncate
 
@@ -149,10 +151,10 @@ def wandb_settings(mode: str) -> SimpleNamespace:
 def test_wandb_offline_holds_the_same_numbers_as_the_file(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
-    run = recording.start_wandb(
+    run = start_wandb(
         wandb_settings("offline"), name="t", run_id="abcd1234", run_dir=tmp_path, config={"a": 1}
     )
-    metrics = Metrics(tmp_path / "metrics.jsonl", wandb_run=run)
+    metrics = Metrics(tmp_path / "metrics.jsonl", wandb=run)
     for step in (1, 2, 3):
         log(metrics, step, 1, 1.0 / step)
     metrics.close()
@@ -163,11 +165,26 @@ def test_wandb_offline_holds_the_same_numbers_as_the_file(tmp_path, monkeypatch)
     assert theirs == ours == [(1, 10, 1.0), (2, 20, 0.5), (3, 30, 1.0 / 3)]
 
 
+def test_a_run_outlives_wandbs_own_process_and_says_so_once(tmp_path, capsys):
+    run = start_wandb(
+        wandb_settings("offline"), name="t", run_id="dead1234", run_dir=tmp_path, config={}
+    )
+    metrics = Metrics(tmp_path / "metrics.jsonl", wandb=run)
+    log(metrics, 1, 0, 1.0)
+    (core,) = [one for one in psutil.Process().children() if "wandb-core" in one.name()]
+    core.kill()
+    core.wait()
+    for step in (2, 3):
+        log(metrics, step, 0, 1.0)
+    metrics.close()
+    assert [record["step"] for record in read_records(metrics.path)] == [1, 2, 3]
+    warned = capsys.readouterr().err
+    assert warned.count("warning: wandb failed") == 1 and "gets nothing more" in warned
+
+
 def test_wandb_disabled_starts_nothing(tmp_path):
     settings = wandb_settings("disabled")
-    assert (
-        recording.start_wandb(settings, name="t", run_id="x", run_dir=tmp_path, config={}) is None
-    )
+    assert start_wandb(settings, name="t", run_id="x", run_dir=tmp_path, config={}) is None
     assert not list(tmp_path.iterdir())
 
 
