@@ -100,10 +100,10 @@ def block_mass(
     dtype = accumulation_dtype(q)
     groups = k.shape[1]
     grouped = q.to(dtype).unflatten(1, (groups, -1))
-    keys = k.to(dtype).unsqueeze(2).transpose(-1, -2)
+    keys = k.to(dtype).transpose(-1, -2)
     for start, stop in tiles(q.shape[2], k.shape[2], q.shape[0] * q.shape[1]):
         num_keys = offset + stop
-        scores = grouped[:, :, :, start:stop] @ keys[..., :num_keys] * scale
+        scores = _each_head(grouped[:, :, :, start:stop], keys[..., :num_keys]).mul_(scale)
         scores.masked_fill_(future(start, stop, offset, num_keys, q.device), -math.inf)
         mean = scores.softmax(-1).mean(dim=2)
         yield start, stop, _to_blocks(mean, block_size, 0.0).sum(-1)
@@ -150,7 +150,7 @@ class TiledAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
         for part in parts:
-            values = v[part.rows, :, part.keys].to(dtype).unsqueeze(2)
+            values = v[part.rows, :, part.keys].to(dtype)
             out_part, lse_part = (x[part.rows, :, part.queries] for x in (out, lse))
             for tile in _tile_scores(q, k, block_ids, block_size, scale, part):
                 start, stop, num_keys, scores = tile
@@ -158,7 +158,7 @@ class TiledAttention(torch.autograd.Function):
                 largest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(largest).exp_()
                 total = weights.sum(-1, keepdim=True)
-                attended = (weights @ values[:, :, :, :num_keys]).div_(total)
+                attended = _each_head(weights, values[:, :, :num_keys]).div_(total)
                 out_part[:, :, start:stop] = attended.flatten(1, 2).to(q.dtype)
                 lse_part[:, :, start:stop] = (total.log_() + largest).squeeze(-1).flatten(1, 2)
         ctx.save_for_backward(q, k, v, block_ids, out, lse)
@@ -175,7 +175,7 @@ class TiledAttention(torch.autograd.Function):
         grad_v = torch.zeros_like(v, dtype=dtype)
         delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
         for part in ctx.parts:
-            keys, values = (x[part.rows, :, part.keys].to(dtype).unsqueeze(2) for x in (k, v))
+            keys, values = (x[part.rows, :, part.keys].to(dtype) for x in (k, v))
             by_query = [x[part.rows, :, part.queries] for x in (q, grad_out, lse, delta)]
             grad_q_part = grad_q[part.rows, :, part.queries]
             grad_k_part, grad_v_part = (x[part.rows, :, part.keys] for x in (grad_k, grad_v))
@@ -186,9 +186,9 @@ class TiledAttention(torch.autograd.Function):
                 )
                 probabilities = scores.sub_(lse_tile[..., None]).exp_()
                 grad_v_part[:, :, :num_keys] += _sum_heads(probabilities, grad_tile)
-                grad_scores = grad_tile @ values[:, :, :, :num_keys].transpose(-1, -2)
+                grad_scores = _each_head(grad_tile, values[:, :, :num_keys].transpose(-1, -2))
                 grad_scores.sub_(delta_tile[..., None]).mul_(probabilities).mul_(ctx.scale)
-                grad_q_tile = (grad_scores @ keys[:, :, :, :num_keys]).flatten(1, 2)
+                grad_q_tile = _each_head(grad_scores, keys[:, :, :num_keys]).flatten(1, 2)
                 grad_q_part[:, :, start:stop] = grad_q_tile.to(q.dtype)
                 grad_k_part[:, :, :num_keys] += _sum_heads(grad_scores, q_tile)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
@@ -197,17 +197,26 @@ class TiledAttention(torch.autograd.Function):
 def _tile_scores(q, k, block_ids, block_size, scale, part):
     """Yield (start, stop, num_keys, masked scores (B, G, R, t, num_keys)) tile by tile of one piece."""
     dtype = accumulation_dtype(q)
-    q, keys = q[part.rows, :, part.queries], k[part.rows, :, part.keys].to(dtype).unsqueeze(2)
+    q, keys = q[part.rows, :, part.queries], k[part.rows, :, part.keys].to(dtype)
     ids = None if block_ids is None else block_ids[part.rows, :, part.queries]
-    for start, stop in tiles(q.shape[2], keys.shape[3], q.shape[0] * q.shape[1]):
+    for start, stop in tiles(q.shape[2], keys.shape[2], q.shape[0] * q.shape[1]):
         num_keys = part.offset + stop
         q_tile = q[:, :, start:stop].to(dtype).unflatten(1, (k.shape[1], -1))
-        scores = q_tile @ keys[:, :, :, :num_keys].transpose(-1, -2)
+        scores = _each_head(q_tile, keys[:, :, :num_keys].transpose(-1, -2))
         hidden = future(start, stop, part.offset, num_keys, q.device)
         if ids is not None:
             chosen = token_support(ids[:, :, start:stop], block_size, num_keys)
             hidden = (hidden | ~chosen).unsqueeze(2)
         yield start, stop, num_keys, scores.mul_(scale).masked_fill_(hidden, -math.inf)
+
+
+def _each_head(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of every head of a group: (B, G, R, t, X), (B, G, X, Y) -> (B, G, R, t, Y).
+
+    One product a group: broadcasting over R would copy `right` for every head, which is most of the time
+    where t is 1.
+    """
+    return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
 
 
 def _sum_heads(left: Tensor, right: Tensor) -> Tensor:
