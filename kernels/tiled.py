@@ -80,7 +80,7 @@ def select_blocks(
         ids = block_ids[piece.rows, :, piece.queries]
         for start, stop in tiles(q.shape[2], k.shape[-1], q.shape[0] * groups):
             num_keys = piece.offset + stop
-            scores = q[:, :, start:stop] @ k[..., :num_keys]
+            scores = _each_head(q[:, None, :, start:stop], k[..., :num_keys])[:, 0]
             hidden = future(start, stop, piece.offset, num_keys, q.device)
             scores.masked_fill_(hidden, -math.inf)
             best = _to_blocks(scores, block_size, -math.inf).amax(-1)
@@ -307,7 +307,8 @@ def sparse_decode(
         starts = document_starts(document_ids).gather(1, last[:, None])[:, 0]
     position = torch.arange(num_keys, device=q.device)[None]
     relative = position - starts[:, None]
-    scores = (index_q.to(dtype) @ index_k.to(dtype).transpose(-1, -2))[:, :, 0]
+    index_scores = _each_head(index_q.to(dtype)[:, None], index_k.to(dtype).transpose(-1, -2))
+    scores = index_scores[:, 0, :, 0]
     hidden = (relative < 0) | (position > last[:, None])
     scores = scores.masked_fill(hidden[:, None], -math.inf)
     num_blocks = -(-num_keys // block_size)
