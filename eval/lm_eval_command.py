@@ -5,26 +5,33 @@
 
 For regressions in what a model knew (MMLU, GSM8K, ARC), never for long contexts: those are `ruler` and
 `longbench` stages. A prompt of up to top_k * block_size tokens is attended to in full in either mode: its
-score shows what training changed; `--top-k` makes the budget bite. The package is an optional extra,
-`pip install 'dense2sparse[lm-eval]'`. Prompts go one at a time: padding would move the blocks.
+score shows what training changed, against `--mode original`; `--top-k` makes the budget bite. The package
+is an optional extra, `pip install 'dense2sparse[lm-eval]'`. Prompts go one at a time: padding would move
+the blocks. In a run's folder the numbers lie under eval/lm-eval/ARM/, and the next report shows them.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .errors import sentence
 
-MODES = {"sparse": "converted_sparse", "dense": "converted_dense"}
+MODES = {
+    "sparse": "converted_sparse",
+    "dense": "converted_dense",
+    "original": "original_dense",
+}
 """Arm of each mode (eval/arms.py)."""
 PRECISIONS = ("bf16", "fp32")
 EXTRA = "pip install 'dense2sparse[lm-eval]'"
@@ -57,18 +64,19 @@ def evaluate(options: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    from ..model.convert import load
-    from ..model.export import newest_weights
+    from ..model.convert import load, load_dense
     from .arms import ArmRun
     from .models import attending, checkpoint_fingerprint
 
     hf_logging.disable_progress_bar()
-    folder = newest_weights(options.source)
+    folder = _checkpoint(options)
     run = ArmRun(MODES[options.mode], _budget(folder, options))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = load(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
+    made = load_dense if options.mode == "original" else load
+    model: Any = made(folder, dtype=dtype)
+    model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with attending(model, run):
         found = harness.simple_evaluate(
@@ -77,7 +85,7 @@ def evaluate(options: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
             num_fewshot=options.num_fewshot,
             limit=options.limit,
             task_manager=manager,
-            log_samples=False,
+            log_samples=True,
             apply_chat_template=options.chat,
         )
     content = {
@@ -90,25 +98,51 @@ def evaluate(options: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
         "chat": options.chat,
         "samples": found.get("n-samples", {}),
         "results": found["results"],
-        "groups": found.get("groups", {}),
+        "group_subtasks": found.get("group_subtasks", {}),
+        "higher_is_better": found.get("higher_is_better", {}),
+        "answers": {task: answers(many) for task, many in found["samples"].items()},
     }
     print(table(found["results"], title=run.label), flush=True)
     _write(options, folder, run.label, tasks, content)
     return content
 
 
+def answers(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a paired comparison needs of lm-eval's logged samples, none of their words.
+
+    Returns:
+        `prompts`: checksum of the prompts, in their order. `scores`: `metric,filter` -> sample's number in
+        the task -> its value, of metrics that give one number a sample.
+    """
+    many = sorted(samples, key=lambda one: (one["filter"], one["doc_id"]))
+    hashes = [f"{one['doc_id']} {one['prompt_hash']}" for one in many]
+    scores: dict[str, dict[str, float]] = {}
+    for one in many:
+        for metric in one["metrics"]:
+            if isinstance(one[metric], int | float):
+                place = scores.setdefault(f"{metric},{one['filter']}", {})
+                place[str(one["doc_id"])] = float(one[metric])
+    return {"prompts": hashlib.sha256("\n".join(hashes).encode()).hexdigest(), "scores": scores}
+
+
 def table(results: dict[str, dict[str, Any]], *, title: str) -> str:
     """lm-eval's numbers as lines of task, metric, value and standard error, as it names them."""
     lines = [f"{title:<32} {'metric':<28} {'value':>8} {'stderr':>8}"]
     for task, values in results.items():
-        for name, value in values.items():
+        for name, value, error in metrics_of(values):
             metric, _, kind = name.partition(",")
-            if not kind or metric.endswith("_stderr") or isinstance(value, str):
-                continue
-            error = values.get(f"{metric}_stderr,{kind}")
-            shown = f"{error:8.4f}" if isinstance(error, int | float) else f"{'-':>8}"
+            shown = f"{'-':>8}" if error is None else f"{error:8.4f}"
             lines.append(f"{task:<32} {metric + ' (' + kind + ')':<28} {value:8.4f} {shown}")
     return "\n".join(lines)
+
+
+def metrics_of(values: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    """(`metric,filter`, value, standard error or None) of one task's results."""
+    for name, value in values.items():
+        metric, _, kind = name.partition(",")
+        if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = values.get(f"{metric}_stderr,{kind}")
+            yield name, float(value), float(error) if isinstance(error, int | float) else None
 
 
 def check_names(tasks: Sequence[str], known: Iterable[str]) -> None:
@@ -130,7 +164,9 @@ def _check(options: argparse.Namespace) -> list[str]:
     if options.precision not in (None, *PRECISIONS):
         raise ValueError(f"--precision {options.precision} is not known: use bf16 or fp32")
     if options.top_k is not None and options.mode != "sparse":
-        raise ValueError(f"--top-k {options.top_k} has no effect with --mode dense: remove it")
+        raise ValueError(
+            f"--top-k {options.top_k} has no effect with --mode {options.mode}: remove it"
+        )
     for name in ("limit", "top_k"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -162,14 +198,34 @@ def _harness(tasks: Sequence[str], include: Path | None) -> tuple[Any, Any, Any]
     return harness, wrapper, manager
 
 
+def _checkpoint(options: argparse.Namespace) -> Path:
+    """Folder of the weights that the mode asks for.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from ..model.export import newest_weights
+
+    if options.mode != "original":
+        return newest_weights(options.source)
+    mark = options.source / "start" / "done.json"
+    known = json.loads(mark.read_text(encoding="utf-8")).get("original") if mark.is_file() else None
+    if known is None or not Path(known).is_dir():
+        raise ValueError(
+            f"--mode original: {options.source} does not say which dense checkpoint it began with "
+            "(start/done.json): give the folder of a run on the machine it was made on"
+        )
+    return Path(known)
+
+
 def _budget(folder: Path, options: argparse.Namespace) -> int | None:
-    """Blocks per query; None in mode dense."""
+    """Blocks per query; None where all are read."""
     from transformers import AutoConfig
 
     from ..model.convert import CONFIG_KEY
     from ..model.geometry import Geometry
 
-    if options.mode == "dense":
+    if options.mode != "sparse":
         return None
     config = AutoConfig.from_pretrained(folder)
     geometry = Geometry.from_config(getattr(config, CONFIG_KEY), config.num_hidden_layers)
@@ -210,7 +266,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, help="run folder, or a converted folder")
     parser.add_argument("--tasks", required=True, help="names of lm-eval, with commas between")
     parser.add_argument("--limit", type=int, help="the first so many samples of each task")
-    parser.add_argument("--mode", default="sparse", help="sparse (default) or dense attention")
+    parser.add_argument("--mode", default="sparse", help="sparse (default), dense or original")
     parser.add_argument("--top-k", type=int, help="blocks per query; default the checkpoint's")
     parser.add_argument("--num-fewshot", type=int, help="examples in a prompt; default the task's")
     parser.add_argument("--chat", action="store_true", help="put prompts in the chat template")

@@ -17,6 +17,7 @@ from .report_budget import budget_section
 from .report_csv import to_csv
 from .report_data import RunFiles, read_run
 from .report_index import index_section, probe_section
+from .report_lm_eval import lm_eval_section
 from .report_longbench import longbench_section
 from .report_needles import needle_section
 from .report_perplexity import perplexity_section
@@ -29,6 +30,7 @@ SECTIONS = (
     ruler_section,
     needle_section,
     longbench_section,
+    lm_eval_section,
     perplexity_section,
     budget_section,
     index_section,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .report_data import RunFiles
+from .report_lm_eval import lm_eval_rows
 
 COLUMNS = ("kind", "stage", "length", "task", "arm", "measure", "value", "low", "high", "samples")
 
@@ -27,6 +28,8 @@ def to_csv(run: RunFiles) -> str:
         for result in run.results[kind]:
             for row in rows(result):
                 writer.writerow({"kind": kind, "stage": result["stage"], **row})
+    for row in lm_eval_rows(run):
+        writer.writerow({"kind": "lm-eval", **row})
     return text.getvalue()
 
 

@@ -22,6 +22,8 @@ class RunFiles:
     """kind -> results of its stages, in the recipe's order."""
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
     """stage number -> its done.json."""
+    lm_eval: list[dict[str, Any]] = field(default_factory=list)
+    """What `dense2sparse lm-eval` left, a file an arm and list of tasks."""
 
     def final(self, kind: str) -> list[dict[str, Any]]:
         """Results of a kind that measured the newest weights that any comparison of arms measured."""
@@ -93,7 +95,8 @@ def read_run(run_dir: Path) -> RunFiles:
     recipe = _json(run_dir / "recipe.json")
     results = {kind: _results(run_dir / "eval" / kind) for kind in KINDS}
     metrics = _lines(run_dir / "metrics.jsonl")
-    if not recipe and not metrics and not any(results.values()):
+    lm_eval = [_lm_eval(path) for path in sorted(run_dir.glob("eval/lm-eval/*/*.json"))]
+    if not recipe and not metrics and not any(results.values()) and not lm_eval:
         raise ValueError(
             f"{run_dir} holds no recipe.json, no metrics.jsonl and no eval results: is it a run's folder?"
         )
@@ -104,7 +107,8 @@ def read_run(run_dir: Path) -> RunFiles:
     }
     name = recipe.get("name") or run_dir.resolve().name
     environment = _json(run_dir / "environment.json")
-    return RunFiles(name, recipe, environment, metrics, results, dict(sorted(done.items())))
+    done = dict(sorted(done.items()))
+    return RunFiles(name, recipe, environment, metrics, results, done, lm_eval)
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
@@ -114,6 +118,15 @@ def _results(folder: Path) -> list[dict[str, Any]]:
         if not isinstance(results[-1].get("stage"), int):
             raise ValueError(f"{path} names no stage: delete it and run again")
     return sorted(results, key=lambda result: result["stage"])
+
+
+def _lm_eval(path: Path) -> dict[str, Any]:
+    content = _json(path)
+    if not isinstance(content.get("arm"), str) or not isinstance(content.get("results"), dict):
+        raise ValueError(
+            f"{path} names no arm or no results: delete it and run dense2sparse lm-eval again"
+        )
+    return content
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -125,6 +125,9 @@ def missing_section(run: RunFiles) -> Section:
         for result in run.results[kind]:
             for sentence in missing_tasks(result):
                 section.blocks.append(Text(f"Not measured: {name}, {sentence}."))
+    if not run.lm_eval:
+        command = "`dense2sparse lm-eval RUN_DIR --tasks ...` has not been run"
+        section.blocks.append(Text(f"Not measured: short tasks of lm-eval ({command})."))
     for ruler in run.final("ruler"):
         tasks = ", ".join(measured_tasks(ruler)) or "no task"
         wide = (

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dense2sparse.eval import lm_eval_command
+from dense2sparse.eval.report import write_report
 from dense2sparse.model import convert
 from dense2sparse.model.attention import attention_mode
 from dense2sparse.recipes.schema import Sparsity
@@ -36,11 +37,22 @@ doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: byte_perplexity}}]
 """
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: ["under", "lamps", "rain"]
+doc_to_target: 1
+metric_list: [{{metric: acc}}]
+"""
 
 
 @pytest.fixture(scope="module")
-def converted(tokenizer, tmp_path_factory) -> Path:
-    """A tiny converted folder with its tokenizer: blocks of 16, four of them a query."""
+def run_dir(tokenizer, tmp_path_factory) -> Path:
+    """A run that has begun: tiny, with its tokenizer, blocks of 16, four of them a query."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -56,37 +68,43 @@ def converted(tokenizer, tmp_path_factory) -> Path:
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config)
+    home = tmp_path_factory.mktemp("lm-eval")
+    model.save_pretrained(home / "dense")
+    tokenizer.save_pretrained(home / "dense")
     sparsity = Sparsity(block_size=16, top_k=4, init="random", dense_layers=[0], index_dim=16)
     ids, places = torch.randint(3, 200, (1, 64)), torch.arange(64)[None]
     documents = torch.zeros(1, 64, dtype=torch.int32)
     row = SimpleNamespace(input_ids=ids, position_ids=places, document_ids=documents)
     convert.convert(model, sparsity, [row])
-    folder = tmp_path_factory.mktemp("lm-eval") / "model"
-    convert.save(model, folder, also=tokenizer)
-    return folder
+    convert.save(model, home / "run/start/hf", also=tokenizer)
+    mark = json.dumps({"original": str(home / "dense")})
+    (home / "run/start/done.json").write_text(mark, encoding="utf-8")
+    return home / "run"
 
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory) -> Path:
-    """A task of our own on local data, as lm-eval reads it."""
+    """Tasks of our own on local data, as lm-eval reads them."""
     folder = tmp_path_factory.mktemp("lm-eval-task")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (folder / "texts.jsonl").write_text(lines)
-    (folder / "tiny.yaml").write_text(TASK.format(data=folder / "texts.jsonl"))
+    for name, task in (("tiny", TASK), ("choice", CHOICE)):
+        (folder / f"{name}.yaml").write_text(task.format(data=folder / "texts.jsonl"))
     return folder
 
 
-def run(arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
-    """The command in a process of its own, the cached package behind everything else on the path."""
+def run(commands: list[list[str]], cache: Path) -> subprocess.CompletedProcess:
+    """Commands in a process of their own, the cached package behind everything else on the path."""
     if importlib.util.find_spec("lm_eval") is None and not (CACHE / "lm_eval").is_dir():
         pytest.skip(f"lm-eval is neither installed nor in {CACHE}: see the head of this file")
     code = (
-        f"import sys; sys.path.append({str(CACHE)!r}); "
-        "from dense2sparse.eval.lm_eval_command import main; sys.exit(main(sys.argv[1:]))"
+        f"import json, sys; sys.path.append({str(CACHE)!r}); "
+        "from dense2sparse.eval.lm_eval_command import main; "
+        "sys.exit(max(main(arguments) for arguments in json.loads(sys.argv[1])))"
     )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", code, json.dumps(commands)],
         capture_output=True,
         text=True,
         env=environment,
@@ -94,8 +112,9 @@ def run(arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
     )
 
 
-def byte_perplexity(folder: Path, mode: str, top_k: int | None) -> float:
+def byte_perplexity(run: Path, mode: str, top_k: int | None) -> float:
     """What the definition says: every token after the begin token, over bytes."""
+    folder = run / "start" / "hf"
     model = convert.load(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loss = 0.0
@@ -109,21 +128,42 @@ def byte_perplexity(folder: Path, mode: str, top_k: int | None) -> float:
     return math.exp(loss / sum(len(text.encode()) for text in TEXTS))
 
 
-def test_the_real_package_scores_the_model_in_the_mode_that_was_asked_for(
-    converted, task_folder, tmp_path
+def test_the_real_package_scores_each_arm_and_the_report_compares_them(
+    run_dir, task_folder, tmp_path
 ):
-    target = tmp_path / "result.json"
-    arguments = [str(converted), "--tasks", "tiny_text", "--include", str(task_folder)]
-    arguments += ["--top-k", "2", "--precision", "fp32", "--output", str(target)]
-    done = run(arguments, tmp_path / "cache")
+    shared = [str(run_dir), "--tasks", "tiny_text,tiny_choice", "--include", str(task_folder)]
+    shared += ["--precision", "fp32"]
+    done = run([[*shared, "--top-k", "2"], [*shared, "--mode", "original"]], tmp_path / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tiny_text" in done.stdout and "byte_perplexity" in done.stdout
-    content = json.loads(target.read_text())
-    assert content["arm"] == "converted_sparse-k2"
-    found = content["results"]["tiny_text"]["byte_perplexity,none"]
-    ours = {mode: byte_perplexity(converted, mode, 2) for mode in ("sparse", "dense")}
-    assert found == pytest.approx(ours["sparse"], rel=1e-4)
+    home = run_dir / "eval" / "lm-eval"
+    found = {path.parent.name: json.loads(path.read_text()) for path in home.glob("*/*.json")}
+    scores = {
+        arm: content["results"]["tiny_text"]["byte_perplexity,none"]
+        for arm, content in found.items()
+    }
+    ours = {mode: byte_perplexity(run_dir, mode, 2) for mode in ("sparse", "dense")}
+    assert scores == {
+        "converted_sparse-k2": pytest.approx(ours["sparse"], rel=1e-4),
+        "original_dense": pytest.approx(ours["dense"], rel=1e-4),
+    }
     assert abs(ours["sparse"] / ours["dense"] - 1) > 1e-3
+    for content in found.values():
+        accuracy = content["results"]["tiny_choice"]["acc,none"]
+        known = content["answers"]["tiny_choice"]["scores"]["acc,none"]
+        assert len(known) == len(TEXTS) and sum(known.values()) / len(known) == accuracy
+        assert "old stone bridge" not in json.dumps(content), "no word of a task is stored"
+    section = write_report(run_dir)["markdown"].read_text().split("## Short tasks of lm-eval")[1]
+    assert f"| tiny_text (byte_perplexity) | {scores['original_dense']:.4f} | " in section
+    change = next(line for line in section.splitlines()[9:] if line.startswith("| tiny_choice"))
+    assert "unpaired" not in change
+
+
+def test_original_needs_a_run_that_says_what_it_began_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lm_eval_command, "_harness", lambda tasks, include: (None, None, None))
+    assert lm_eval_command.main([str(tmp_path), "--tasks", "a", "--mode", "original"]) == 2
+    error = capsys.readouterr().err
+    assert "does not say which dense checkpoint it began with" in error and error.count("\n") == 1
 
 
 def test_a_task_that_does_not_exist_is_refused_with_the_nearest():
@@ -135,7 +175,7 @@ def test_a_task_that_does_not_exist_is_refused_with_the_nearest():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--mode", "sparce"], "--mode sparce is not known: use sparse or dense"),
+        (["--mode", "sparce"], "--mode sparce is not known: use sparse or dense or original"),
         (["--mode", "dense", "--top-k", "4"], "--top-k 4 has no effect with --mode dense"),
         (["--limit", "0"], "--limit 0: use a number of at least 1"),
         (["--tasks", " ,"], "--tasks is empty"),
