@@ -109,7 +109,8 @@ class EvalContext:
         if self.rank == 0:
             state = {"state": self.state, "after": _trained_before(self.recipe, number)}
             checkpoint = checkpoint_fingerprint(self.converted)
-            head = {"kind": kind, "stage": number, **state, "checkpoint": checkpoint}
+            head: dict[str, Any] = {"kind": kind, "stage": number, **state}
+            head |= {"checkpoint": checkpoint}
             head |= {"precision": str(self.dtype).removeprefix("torch.")}
             head |= {"index_precision": self.recipe.execution.index_precision}
             head |= {"checkpoint_top_k": self.geometry().top_k}

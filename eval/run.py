@@ -8,6 +8,9 @@ Without `--checkpoint` the run's newest checkpoint is measured by the stages tha
 the recipe, and results go to the run's folder, whose recipe it must be (or name a folder with `--output`).
 With it, every evaluation stage measures that checkpoint, and results go to a folder of their own.
 
+Every number is in the stages' results; wandb gets them in a run of its own, job type `evaluation`, at
+the tokens that the checkpoint was trained for.
+
 The recipe is checked before torch is imported. Exit codes: 0 done, 2 a mistake of the user.
 """
 
@@ -18,6 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +31,7 @@ from .errors import sentence
 
 if TYPE_CHECKING:
     from .context import EvalContext
+    from .wandb_evaluation import Shown
 
 EVALUATIONS = ("probe", "perplexity", "ruler", "longbench")
 TRAININGS = ("warmup", "sparse")
@@ -67,20 +72,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_stages(context: EvalContext, numbers: Sequence[int]) -> None:
-    """The evaluation stages with these places in the recipe, then the report."""
+    """The evaluation stages with these places in the recipe, then the report; wandb gets all of it."""
     from . import stages
 
-    runners: dict[str, Callable[[EvalContext, Any], dict[str, Any]]] = {
-        "probe": stages.run_probe,
-        "perplexity": stages.run_perplexity,
-        "ruler": stages.run_ruler,
-        "longbench": stages.run_longbench,
-    }
-    for number in numbers:
-        stage = context.recipe.stages[number]
-        context.say(f"{number}-{stage.kind} begins")
-        runners[stage.kind](context, stage)
-    stages.write_the_report(context)
+    shown = _start_wandb(context) if context.rank == 0 else None
+    if shown is not None:
+        context = replace(context, log=shown.log)
+    failed = True
+    try:
+        for number in numbers:
+            stage = context.recipe.stages[number]
+            context.say(f"{number}-{stage.kind} begins")
+            result = stages.run_stage(context, stage)
+            if shown is not None:
+                shown.stage(result, context.folder(stage.kind))
+        files = stages.write_the_report(context)
+        if shown is not None:
+            shown.report(files)
+        failed = False
+    finally:
+        if shown is not None:
+            shown.run.finish(failed=failed)
 
 
 def stages_to_run(recipe: Any, trained: int | None) -> list[int]:
@@ -194,9 +206,22 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
         device=device,
         dtype=torch.float32 if precise else torch.bfloat16,
         barrier=barrier,
-        # Every number is in the stages' results; there is no wandb run here.
         log=lambda values: None,
         state="checkpoint " + "/".join(converted.parts[-2:]) if options.checkpoint else None,
+    )
+
+
+def _start_wandb(context: EvalContext) -> Shown | None:
+    from .commit import repository_commit
+    from .models import checkpoint_fingerprint
+    from .wandb_evaluation import start_alone
+
+    return start_alone(
+        context.recipe,
+        context.run_dir,
+        converted=context.converted,
+        checkpoint=checkpoint_fingerprint(context.converted),
+        commit=repository_commit(),
     )
 
 
@@ -236,6 +261,7 @@ def _describe(run_dir: Path, recipe: Any, *, own_folder: bool) -> None:
     """
     from importlib.metadata import version
 
+    from .commit import repository_commit
     from .records import write_json
 
     trained_here = (run_dir / "run.json").is_file()
@@ -245,7 +271,8 @@ def _describe(run_dir: Path, recipe: Any, *, own_folder: bool) -> None:
         names = ("dense2sparse", "torch", "transformers")
         packages = {name: version(name) for name in names}
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(run_dir / "environment.json", {"date": date, "packages": packages})
+        environment = {"date": date, "commit": repository_commit(), "packages": packages}
+        write_json(run_dir / "environment.json", environment)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

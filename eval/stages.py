@@ -8,6 +8,7 @@ that meets the same ones and the same prompts again finds its answers there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..data.loader import heldout_rows
@@ -21,6 +22,7 @@ from .models import attending
 from .records import read_journals
 from .report import write_report
 from .ruler import check_lengths
+from .wandb_tables import curves
 
 __all__ = [
     "EvalContext",
@@ -29,10 +31,27 @@ __all__ = [
     "run_probe",
     "run_report",
     "run_ruler",
+    "run_stage",
     "write_the_report",
 ]
 
 NEEDLE_TASK = "niah_single_2"
+
+
+def run_stage(ctx: EvalContext, stage: Any) -> dict[str, Any]:
+    """Run one evaluation stage of any kind and record its curves; returns its result, on every rank."""
+    runners: dict[str, Callable[[EvalContext, Any], dict[str, Any]]] = {
+        "probe": run_probe,
+        "perplexity": run_perplexity,
+        "ruler": run_ruler,
+        "longbench": run_longbench,
+        "report": run_report,
+    }
+    result = runners[stage.kind](ctx, stage)
+    followed = curves(result)
+    if followed and ctx.rank == 0:
+        ctx.log(followed)
+    return result
 
 
 def run_probe(ctx: EvalContext, stage: ProbeStage) -> dict[str, Any]:

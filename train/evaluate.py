@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..eval import stages as evaluation
+from ..eval.wandb_evaluation import Shown
+from ..eval.wandb_run import WandbRun
 from .context import RunContext
 from .files import write_json
 from .loop import Position
 from .metrics import truncate
-
-_RUNNERS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
-    "probe": evaluation.run_probe,
-    "perplexity": evaluation.run_perplexity,
-    "ruler": evaluation.run_ruler,
-    "longbench": evaluation.run_longbench,
-    "report": evaluation.run_report,
-}
 
 
 def run_evaluation_stage(
@@ -61,7 +55,9 @@ def run_evaluation_stage(
         barrier=context.barrier,
         log=record,
     )
-    summary = _RUNNERS[stage.kind](given, stage)
+    summary = evaluation.run_stage(given, stage)
+    if context.metrics is not None and context.metrics.wandb is not None:
+        _show(context, context.metrics.wandb, index, summary, position)
     context.barrier()
     if context.rank == 0:
         done = {
@@ -75,3 +71,15 @@ def run_evaluation_stage(
         write_json(context.stage_dir(index) / "done.json", done)
     context.barrier()
     context.say(f"{label} done in {time.monotonic() - begun:.0f} s")
+
+
+def _show(
+    context: RunContext, run: WandbRun, index: int, summary: dict[str, Any], position: Position
+) -> None:
+    """Tables, report and artifacts of a finished stage, where its numbers stand."""
+    head = {"step": position.global_step, "tokens": position.tokens, "stage": index}
+    shown = Shown(run, context.recipe.name, head, context.commit)
+    if summary["kind"] == "report":
+        shown.report(summary["files"])
+    else:
+        shown.stage(summary, context.run_dir / "eval" / summary["kind"])

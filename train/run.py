@@ -123,8 +123,9 @@ def open_run(recipe: Any, run_dir: Path) -> RunContext:
     import torch
     import transformers
 
+    from ..eval.commit import repository_commit
     from ..eval.wandb_run import start_wandb
-    from .context import RunContext, repository_commit
+    from .context import RunContext
     from .engine import init_distributed
     from .environment import write_environment
     from .files import read_json, write_json

@@ -42,6 +42,7 @@ stages:
   - {{kind: longbench, folder: {home}/longbench, max_length: 600, tasks: [qasper, trec]}}
   - {{kind: report}}
 train: {{precision: fp32}}
+wandb: {{mode: disabled}}
 """
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
-import struct
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -13,6 +13,8 @@ import pytest
 from dense2sparse.eval.wandb_run import start_wandb
 from dense2sparse.train import metrics as recording
 from dense2sparse.train.metrics import Metrics, Progress, check_names, read_records, truncate
+
+WANDB_FILE = runpy.run_path(str(Path(__file__).parents[1] / "wandb_file.py"))
 
 
 @pytest.mark.parametrize(
@@ -119,31 +121,6 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     }
 
 
-def offline_history(path) -> list[dict]:
-    """History records of an offline .wandb file: LevelDB-style blocks of protobuf records."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, block, place, whole, found = path.read_bytes(), 32768, 7, b"", []
-    while place + 7 <= len(data):
-        if block - place % block < 7:  # no room for a header: padding up to the next block
-            place += block - place % block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        place += 7
-        whole += data[place : place + length]
-        place += length
-        if kind in (1, 4):  # a full record, or the last piece of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            whole = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                found.append(
-                    {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
-                )
-    return found
-
-
 def wandb_settings(mode: str) -> SimpleNamespace:
     return SimpleNamespace(mode=mode, project="tests", entity=None, group=None, tags=[])
 
@@ -159,7 +136,7 @@ def test_wandb_offline_holds_the_same_numbers_as_the_file(tmp_path, monkeypatch)
         log(metrics, step, 1, 1.0 / step)
     metrics.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-abcd1234.wandb")
-    history = offline_history(file)
+    history = WANDB_FILE["history"](file)
     ours = [(r["step"], r["tokens"], r["train/loss_lm"]) for r in read_records(metrics.path)]
     theirs = [(r["step"], r["tokens"], r["train/loss_lm"]) for r in history]
     assert theirs == ours == [(1, 10, 1.0), (2, 20, 0.5), (3, 30, 1.0 / 3)]
