@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def select_blocks(
         ids = block_ids[piece.rows, :, piece.queries]
         for start, stop in tiles(q.shape[2], k.shape[-1], q.shape[0] * groups):
             num_keys = piece.offset + stop
-            scores = _each_head(q[:, None, :, start:stop], k[..., :num_keys])[:, 0]
+            scores = _each_head(q[:, :, start:stop], k[:, 0, :, :num_keys])
             hidden = future(start, stop, piece.offset, num_keys, q.device)
             scores.masked_fill_(hidden, -math.inf)
             best = _to_blocks(scores, block_size, -math.inf).amax(-1)
@@ -99,13 +100,12 @@ def block_mass(
     """
     dtype = accumulation_dtype(q)
     groups = k.shape[1]
-    grouped = q.to(dtype).unflatten(1, (groups, -1))
-    keys = k.to(dtype).transpose(-1, -2)
+    grouped, keys = _by_group(q.to(dtype), groups), k.to(dtype).flatten(0, 1)
     for start, stop in tiles(q.shape[2], k.shape[2], q.shape[0] * q.shape[1]):
         num_keys = offset + stop
-        scores = _each_head(grouped[:, :, :, start:stop], keys[..., :num_keys]).mul_(scale)
-        scores.masked_fill_(future(start, stop, offset, num_keys, q.device), -math.inf)
-        mean = scores.softmax(-1).mean(dim=2)
+        hidden = future(start, stop, offset, num_keys, q.device)
+        scores = _scores(grouped[:, :, start:stop], keys[:, :num_keys], hidden, scale)
+        mean = scores.softmax(-1).mean(dim=1).unflatten(0, (-1, groups))
         yield start, stop, _to_blocks(mean, block_size, 0.0).sum(-1)
 
 
@@ -146,21 +146,23 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, block_ids, block_size, scale, parts):
-        dtype = accumulation_dtype(q)
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=dtype)
+        lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+        attend, groups = _attend_fused if _is_fused(q) else _attend_plainly, k.shape[1]
         for part in parts:
-            values = v[part.rows, :, part.keys].to(dtype)
-            out_part, lse_part = (x[part.rows, :, part.queries] for x in (out, lse))
-            for tile in _tile_scores(q, k, block_ids, block_size, scale, part):
-                start, stop, num_keys, scores = tile
-                # The row's maximum by hand instead of logsumexp: one pass of exponentials, not two.
-                largest = scores.amax(-1, keepdim=True)
-                weights = scores.sub_(largest).exp_()
-                total = weights.sum(-1, keepdim=True)
-                attended = _each_head(weights, values[:, :, :num_keys]).div_(total)
-                out_part[:, :, start:stop] = attended.flatten(1, 2).to(q.dtype)
-                lse_part[:, :, start:stop] = (total.log_() + largest).squeeze(-1).flatten(1, 2)
+            keys, values = (x[part.rows, :, part.keys].flatten(0, 1) for x in (k, v))
+            q_part, out_part, lse_part = (x[part.rows, :, part.queries] for x in (q, out, lse))
+            for tile in _attention_tiles(q, block_ids, block_size, part, groups):
+                queries, seen = (slice(None), slice(None), tile.queries), slice(0, tile.num_keys)
+                attended, total = attend(
+                    _by_group(q_part[queries], groups),
+                    keys[:, seen],
+                    values[:, seen],
+                    tile.hidden,
+                    scale,
+                )
+                out_part[queries] = attended.reshape(out_part[queries].shape)
+                lse_part[queries] = total.reshape(lse_part[queries].shape)
         ctx.save_for_backward(q, k, v, block_ids, out, lse)
         ctx.block_size, ctx.scale, ctx.parts = block_size, scale, parts
         ctx.mark_non_differentiable(lse)
@@ -169,59 +171,127 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _grad_lse):
         q, k, v, block_ids, out, lse = ctx.saved_tensors
-        dtype, groups = lse.dtype, k.shape[1]
         grad_q = torch.zeros_like(q)
-        grad_k = torch.zeros_like(k, dtype=dtype)
-        grad_v = torch.zeros_like(v, dtype=dtype)
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+        back, groups = _back_fused if _is_fused(q) else _back_plainly, k.shape[1]
         for part in ctx.parts:
-            keys, values = (x[part.rows, :, part.keys].to(dtype) for x in (k, v))
-            by_query = [x[part.rows, :, part.queries] for x in (q, grad_out, lse, delta)]
+            keys, values = (x[part.rows, :, part.keys].flatten(0, 1) for x in (k, v))
+            by_query = [x[part.rows, :, part.queries] for x in (grad_out, q, out, lse)]
             grad_q_part = grad_q[part.rows, :, part.queries]
             grad_k_part, grad_v_part = (x[part.rows, :, part.keys] for x in (grad_k, grad_v))
-            for tile in _tile_scores(q, k, block_ids, ctx.block_size, ctx.scale, part):
-                start, stop, num_keys, scores = tile
-                q_tile, grad_tile, lse_tile, delta_tile = (
-                    x[:, :, start:stop].to(dtype).unflatten(1, (groups, -1)) for x in by_query
+            for tile in _attention_tiles(q, block_ids, ctx.block_size, part, groups):
+                queries, seen = (slice(None), slice(None), tile.queries), slice(0, tile.num_keys)
+                grads = back(
+                    *(_by_group(x[queries], groups) for x in by_query),
+                    keys[:, seen],
+                    values[:, seen],
+                    tile.hidden,
+                    ctx.scale,
                 )
-                probabilities = scores.sub_(lse_tile[..., None]).exp_()
-                grad_v_part[:, :, :num_keys] += _sum_heads(probabilities, grad_tile)
-                grad_scores = _each_head(grad_tile, values[:, :, :num_keys].transpose(-1, -2))
-                grad_scores.sub_(delta_tile[..., None]).mul_(probabilities).mul_(ctx.scale)
-                grad_q_tile = _each_head(grad_scores, keys[:, :, :num_keys]).flatten(1, 2)
-                grad_q_part[:, :, start:stop] = grad_q_tile.to(q.dtype)
-                grad_k_part[:, :, :num_keys] += _sum_heads(grad_scores, q_tile)
+                grad_q_part[queries] = grads[0].reshape(grad_q_part[queries].shape)
+                for total, grad in ((grad_k_part, grads[1]), (grad_v_part, grads[2])):
+                    total[:, :, seen] += grad.unflatten(0, (-1, groups))
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
-def _tile_scores(q, k, block_ids, block_size, scale, part):
-    """Yield (start, stop, num_keys, masked scores (B, G, R, t, num_keys)) tile by tile of one piece."""
+@dataclass(frozen=True)
+class _Tile:
+    """Queries of one piece and the keys before them."""
+
+    queries: slice
+    num_keys: int
+    hidden: Tensor | None
+    """(B G or 1, 1, t, num_keys) bool: keys a query does not see; None: those after it, t = num_keys."""
+
+
+def _attention_tiles(q, block_ids, block_size, part, groups) -> Iterator[_Tile]:
+    """Tiles of one piece; of one whole document with all blocks a single one, where torch has a kernel."""
+    num_queries = part.queries.stop - part.queries.start
+    num_keys = part.offset + num_queries
+    if block_ids is None and not part.offset and _is_fused(q):
+        yield _Tile(slice(0, num_queries), num_keys, None)
+        return
+    rows = len(range(q.shape[0])[part.rows])
+    for start, stop in tiles(num_queries, num_keys, rows * q.shape[1]):
+        seen = part.offset + stop
+        hidden = future(start, stop, part.offset, seen, q.device)[None, None]
+        if block_ids is not None:
+            ids = block_ids[part.rows, :, part.queries][:, :, start:stop]
+            hidden = hidden | ~token_support(ids, block_size, seen)
+            hidden = hidden.flatten(0, 1).unsqueeze(1)
+        yield _Tile(slice(start, stop), seen, hidden)
+
+
+def _is_fused(q: Tensor) -> bool:
+    """Whether torch has a kernel for a whole tile, with its log-sum-exp; for one query it is slower."""
+    return q.device.type == "cpu" and q.dtype != torch.float16 and q.shape[2] > 1
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(B, H, ...) to (B G, R, ...)."""
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
+
+
+def _attend_plainly(q, k, v, hidden, scale):
+    """Output and log-sum-exp of a tile. q (B G, R, t, D), k and v (B G, S, D), hidden as in `_Tile`."""
     dtype = accumulation_dtype(q)
-    q, keys = q[part.rows, :, part.queries], k[part.rows, :, part.keys].to(dtype)
-    ids = None if block_ids is None else block_ids[part.rows, :, part.queries]
-    for start, stop in tiles(q.shape[2], keys.shape[2], q.shape[0] * q.shape[1]):
-        num_keys = part.offset + stop
-        q_tile = q[:, :, start:stop].to(dtype).unflatten(1, (k.shape[1], -1))
-        scores = _each_head(q_tile, keys[:, :, :num_keys].transpose(-1, -2))
-        hidden = future(start, stop, part.offset, num_keys, q.device)
-        if ids is not None:
-            chosen = token_support(ids[:, :, start:stop], block_size, num_keys)
-            hidden = (hidden | ~chosen).unsqueeze(2)
-        yield start, stop, num_keys, scores.mul_(scale).masked_fill_(hidden, -math.inf)
+    scores = _scores(q.to(dtype), k.to(dtype), hidden, scale)
+    # The row's maximum by hand instead of logsumexp: one pass of exponentials, not two.
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    attended = _each_head(weights, v.to(dtype)).div_(total)
+    return attended.to(q.dtype), (total.log_() + largest).squeeze(-1)
+
+
+def _back_plainly(grad_out, q, out, lse, k, v, hidden, scale):
+    """Gradients of a tile: q's (B G, R, t, D), k's and v's (B G, S, D)."""
+    grad_out, q, out, k, v = (x.to(lse.dtype) for x in (grad_out, q, out, k, v))
+    probabilities = _scores(q, k, hidden, scale).sub_(lse[..., None]).exp_()
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    grad_scores = _each_head(grad_out, v.mT).sub_(delta).mul_(probabilities).mul_(scale)
+    grad_k = grad_scores.flatten(1, 2).mT @ q.flatten(1, 2)
+    grad_v = probabilities.flatten(1, 2).mT @ grad_out.flatten(1, 2)
+    return _each_head(grad_scores, k), grad_k, grad_v
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    return _each_head(q, k.mT).mul_(scale).masked_fill_(hidden, -math.inf)
+
+
+def _attend_fused(q, k, v, hidden, scale):
+    """`_attend_plainly` by the operator behind scaled_dot_product_attention on CPU."""
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    keys, values = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    mask = {"attn_mask": _additive(hidden, q)}
+    return operator(q, keys, values, 0.0, hidden is None, **mask, scale=scale)
+
+
+def _back_fused(grad_out, q, out, lse, k, v, hidden, scale):
+    """`_back_plainly` by the operator's own backward pass."""
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    keys, values = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    mask = {"attn_mask": _additive(hidden, q)}
+    given = (grad_out, q, keys, values, out, lse, 0.0, hidden is None)
+    grad_q, grad_k, grad_v = operator(*given, **mask, scale=scale)
+    return grad_q, *(x.sum(1, dtype=lse.dtype) for x in (grad_k, grad_v))
+
+
+def _additive(hidden: Tensor | None, q: Tensor) -> Tensor | None:
+    """0 where a key is seen and -inf where not, for every head of a group; no copies for the heads."""
+    if hidden is None:
+        return None
+    mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf)
+    return mask.expand(q.shape[0], q.shape[1], -1, -1)
 
 
 def _each_head(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of every head of a group: (B, G, R, t, X), (B, G, X, Y) -> (B, G, R, t, Y).
+    """left @ right of every head of a group: (P, R, t, X), (P, X, Y) -> (P, R, t, Y).
 
     One product a group: broadcasting over R would copy `right` for every head, which is most of the time
     where t is 1.
     """
-    return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
-
-
-def _sum_heads(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over heads and queries of left^T right: (B, G, R, t, S), (B, G, R, t, D) -> (B, G, S, D)."""
-    return left.flatten(2, 3).transpose(-1, -2) @ right.flatten(2, 3)
+    return (left.flatten(1, 2) @ right).unflatten(1, left.shape[1:3])
 
 
 def sparse_attention(
@@ -250,34 +320,10 @@ def dense_attention(
     document_ids: Tensor | None = None,
     query_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """See reference.dense_attention; torch's fused CPU kernel where it applies, else tiles."""
+    """See reference.dense_attention; differentiable in q, k and v (not through the log-sum-exp)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts = list(pieces(q.shape[2], k.shape[2], document_ids, query_offset))
-    whole_rows = q.shape[2] == k.shape[2]
-    if not (q.device.type == "cpu" and whole_rows and q.dtype != torch.float16):
-        return TiledAttention.apply(q, k, v, None, 1, scale, parts)
-    if document_ids is None:
-        return _fused_cpu(q, k, v, scale)
-    # split, not slices: its backward joins the pieces once instead of padding each to a whole row.
-    rows = zip(*(x.split(1) for x in (q, k, v)), strict=True)
-    outs, lses = [], []
-    for number, row in enumerate(rows):
-        lengths = [p.keys.stop - p.keys.start for p in parts if p.rows.start == number]
-        alone = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
-        found = [_fused_cpu(q_part, k_part, v_part, scale) for q_part, k_part, v_part in alone]
-        outs.append(torch.cat([out for out, _ in found], dim=2))
-        lses.append(torch.cat([lse for _, lse in found], dim=2))
-    return torch.cat(outs), torch.cat(lses)
-
-
-def _fused_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The operator behind scaled_dot_product_attention on CPU, called for its log-sum-exp."""
-    repeats = q.shape[1] // k.shape[1]
-    keys, values = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, keys, values, 0.0, True, scale=scale
-    )
-    return out, lse.detach()
+    return TiledAttention.apply(q, k, v, None, 1, scale, parts)
 
 
 @torch.no_grad()
@@ -307,8 +353,7 @@ def sparse_decode(
         starts = document_starts(document_ids).gather(1, last[:, None])[:, 0]
     position = torch.arange(num_keys, device=q.device)[None]
     relative = position - starts[:, None]
-    index_scores = _each_head(index_q.to(dtype)[:, None], index_k.to(dtype).transpose(-1, -2))
-    scores = index_scores[:, 0, :, 0]
+    scores = _each_head(index_q.to(dtype), index_k.to(dtype)[:, 0].mT)[:, :, 0]
     hidden = (relative < 0) | (position > last[:, None])
     scores = scores.masked_fill(hidden[:, None], -math.inf)
     num_blocks = -(-num_keys // block_size)

@@ -20,6 +20,13 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "TILE_QUERIES", 37)
 
 
+@pytest.fixture(params=["fused", "plain"])
+def tile_kernel(request, monkeypatch):
+    """Tiles by torch's kernel for CPUs, and as on devices that it has none for."""
+    if request.param == "plain":
+        monkeypatch.setattr(tiled, "_is_fused", lambda q: False)
+
+
 @st.composite
 def cases(draw):
     groups, per_group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 7, 16]))
@@ -84,7 +91,7 @@ def test_oracle_selection_equals_the_definition(case):
 
 @SHAPES
 @given(cases(), st.sampled_from(["dense", "sparse"]), st.booleans())
-def test_attention_and_its_gradients_equal_the_definition(case, kind, chunk):
+def test_attention_and_its_gradients_equal_the_definition(tile_kernel, case, kind, chunk):
     ids = selection(case, "reference")
     offset = case["q"].shape[2] // 3 if chunk else 0
     results = []
