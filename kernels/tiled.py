@@ -182,7 +182,7 @@ class TiledAttention(torch.autograd.Function):
             for tile in _attention_tiles(q, block_ids, ctx.block_size, part, groups):
                 queries, seen = (slice(None), slice(None), tile.queries), slice(0, tile.num_keys)
                 grads = back(
-                    *(_by_group(x[queries], groups) for x in by_query),
+                    [_by_group(x[queries], groups) for x in by_query],
                     keys[:, seen],
                     values[:, seen],
                     tile.hidden,
@@ -244,9 +244,10 @@ def _attend_plainly(q, k, v, hidden, scale):
     return attended.to(q.dtype), (total.log_() + largest).squeeze(-1)
 
 
-def _back_plainly(grad_out, q, out, lse, k, v, hidden, scale):
-    """Gradients of a tile: q's (B G, R, t, D), k's and v's (B G, S, D)."""
-    grad_out, q, out, k, v = (x.to(lse.dtype) for x in (grad_out, q, out, k, v))
+def _back_plainly(by_query, k, v, hidden, scale):
+    """Gradients of a tile, q's (B G, R, t, D), k's and v's (B G, S, D), from [grad_out, q, out, lse]."""
+    lse = by_query[-1]
+    grad_out, q, out, _, k, v = (x.to(lse.dtype) for x in (*by_query, k, v))
     probabilities = _scores(q, k, hidden, scale).sub_(lse[..., None]).exp_()
     delta = (grad_out * out).sum(-1, keepdim=True)
     grad_scores = _each_head(grad_out, v.mT).sub_(delta).mul_(probabilities).mul_(scale)
@@ -267,8 +268,9 @@ def _attend_fused(q, k, v, hidden, scale):
     return operator(q, keys, values, 0.0, hidden is None, **mask, scale=scale)
 
 
-def _back_fused(grad_out, q, out, lse, k, v, hidden, scale):
+def _back_fused(by_query, k, v, hidden, scale):
     """`_back_plainly` by the operator's own backward pass."""
+    grad_out, q, out, lse = by_query
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     keys, values = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
     mask = {"attn_mask": _additive(hidden, q)}
