@@ -59,7 +59,7 @@ def line_chart(
     ys += [end for one in series for ends in one.band for end in ends] + [0.0] * zero
     if not xs or not ys:
         return ""
-    low, high = y_range or _padded(min(ys), max(ys))
+    low, high = y_range or padded(min(ys), max(ys))
     frame = _Frame(min(xs), max(xs), low, high, doubling)
     parts = [_axes(frame, x_label, y_label, sorted(set(xs)) if doubling else None)]
     if zero:
@@ -100,13 +100,14 @@ def line_chart(
     return f'{_svg(HEIGHT, parts, y_label)}<div class="legend">{legend}</div>'
 
 
-def interval_chart(bars: Sequence[Bar], *, x_label: str) -> str:
-    """Estimates with their intervals, one row each, and a line at zero."""
+def interval_chart(bars: Sequence[Bar], *, x_label: str, mark: float | None = None) -> str:
+    """Estimates with their intervals, one row each, a line at zero and a dashed one at `mark`."""
     if not bars:
         return ""
     ends = [0.0, *(bar.low for bar in bars), *(bar.high for bar in bars)]
-    low, high = _padded(min(ends), max(ends))
-    left, row = 250, 26
+    ends += [] if mark is None else [mark]
+    low, high = padded(min(ends), max(ends))
+    left, row = min(250, 24 + 7 * max(len(bar.name) for bar in bars)), 26
     height = row * len(bars) + 44
     span = WIDTH - left - _RIGHT
 
@@ -123,6 +124,9 @@ def interval_chart(bars: Sequence[Bar], *, x_label: str) -> str:
     parts.append(
         f'<line class="zero" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="6" y2="{bottom}"/>'
     )
+    if mark is not None:
+        x = f"{place(mark):.1f}"
+        parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="6" y2="{bottom}"/>')
     for step, bar in enumerate(bars):
         y = 20 + row * step
         colour = f"var(--c{bar.colour % _COLOURS})"
@@ -159,6 +163,12 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     step = min((scale * nice for nice in (1, 2, 5, 10)), key=lambda nice: abs(nice - step))
     first = math.ceil(low / step)
     return [round(place * step, 12) for place in range(first, math.floor(high / step) + 1)]
+
+
+def padded(low: float, high: float) -> tuple[float, float]:
+    """A scale's ends with some room around the values."""
+    room = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-3)
+    return low - room, high + room
 
 
 @dataclass(frozen=True)
@@ -207,11 +217,6 @@ def _axes(frame: _Frame, x_label: str, y_label: str, places: Sequence[float] | N
         f"{escape(y_label)}</text>"
     )
     return "".join(parts)
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
-    room = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-3)
-    return low - room, high + room
 
 
 def _svg(height: int, parts: Sequence[str], label: str) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from .errors import sentence
 from .records import write_text
-from .report_blocks import Page, to_html, to_markdown
+from .report_blocks import Page, Text, to_html, to_markdown
 from .report_budget import budget_section
+from .report_cards import cards, lead
 from .report_csv import to_csv
 from .report_data import RunFiles, read_run
 from .report_index import index_section, probe_section
@@ -24,7 +25,7 @@ from .report_perplexity import perplexity_section
 from .report_ruler import ruler_section
 from .report_run import environment_section, missing_section, outputs_section, training_section
 from .report_style import STYLE
-from .report_verdict import cards, verdict
+from .report_verdict import verdict
 
 SECTIONS = (
     ruler_section,
@@ -64,16 +65,23 @@ def write_report(run_dir: Path) -> dict[str, Path]:
 
 def build(run: RunFiles) -> Page:
     """The page, section by section; what the run has not is left out, and said."""
+    said = verdict(run)
     sections = [make(run) for make in SECTIONS]
     model = run.recipe.get("model", {})
     source = model.get("path") or model.get("hub") or model.get("wheel") or "unknown checkpoint"
     commit = str(run.environment.get("commit", ""))[:12]
-    parts = [source, str(run.environment.get("date", "")), f"commit {commit}" if commit else ""]
+    parts = [
+        source,
+        str(run.environment.get("date", ""))[:10],
+        f"commit {commit}" if commit else "",
+    ]
     return Page(
         title=f"Dense to sparse: {run.name}",
         subtitle=" · ".join(part for part in parts if part),
-        verdict=verdict(run),
+        verdict=said.head,
+        tone=said.tone,
         cards=cards(run),
+        lead=[*lead(run), *map(Text, said.rest)],
         sections=[section for section in sections if section.blocks],
     )
 

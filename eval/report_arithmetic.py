@@ -9,6 +9,13 @@ Projections, feed-forward layers and the output layer are the same in every arm 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+
+def shape_of(result: Mapping[str, Any]) -> dict[str, int] | None:
+    """Of the converted model that a stage measured; None in results of an earlier version."""
+    shapes = [arm.get("shape") or {} for arm in result["arms"].values()]
+    return next((shape for shape in shapes if "block_size" in shape), None)
 
 
 def dense_per_token(shape: Mapping[str, int], length: int) -> float:

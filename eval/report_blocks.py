@@ -99,6 +99,9 @@ class Flips:
     open: bool = True
 
 
+_MANY = 7
+"""Columns that fit the page at the usual size."""
+
 Block = Table | Text | Chart | Details | Flips
 
 
@@ -118,8 +121,13 @@ class Page:
     title: str
     subtitle: str
     verdict: list[str]
+    """The sentence that everybody reads, then what explains it."""
     cards: list[Card]
     sections: list[Section]
+    tone: str = ""
+    """What the verdict says of the margin: `good`, `bad` or `open`; empty where it says nothing."""
+    lead: list[Block] = field(default_factory=list)
+    """Shown before the first section."""
 
 
 def to_html(page: Page, style: str) -> str:
@@ -145,8 +153,8 @@ def to_html(page: Page, style: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(page.title)}</title><style>{style}</style></head><body><main>"
         f"<header><h1>{escape(page.title)}</h1><p>{escape(page.subtitle)}</p></header>"
-        f'<div class="verdict">{verdict}</div><div class="cards">{cards}</div>'
-        f"<nav>{links}</nav>{body}</main></body></html>\n"
+        f'<div class="verdict {page.tone}">{verdict}</div><div class="cards">{cards}</div>'
+        f"{''.join(map(_html, page.lead))}<nav>{links}</nav>{body}</main></body></html>\n"
     )
 
 
@@ -159,6 +167,8 @@ def to_markdown(page: Page) -> str:
         f"- {card.label}: **{card.figure}**" + (f" ({card.detail})" if card.detail else "")
         for card in page.cards
     ]
+    for block in page.lead:
+        lines += ["", *_markdown(block)]
     for section in page.sections:
         lines += ["", f"## {section.title}"]
         if section.intro:
@@ -195,7 +205,14 @@ def _html_table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     rows = "".join(f"<tr>{_html_row(row)}</tr>" for row in table.rows)
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
-    names = " ".join(["scroll", *["half"] * table.half, *["grid"] * table.grid])
+    names = " ".join(
+        [
+            "scroll",
+            *["half"] * table.half,
+            *["grid"] * table.grid,
+            *["many"] * (len(table.columns) > _MANY),
+        ]
+    )
     html = (
         f'<div class="{names}"><table>{caption}<thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

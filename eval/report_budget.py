@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .charts import Series, line_chart
-from .report_arithmetic import dense_per_token, operations, sparse_per_token
+from .charts import Series, line_chart, padded
+from .report_arithmetic import dense_per_token, operations, shape_of, sparse_per_token
 from .report_blocks import Block, Cell, Chart, Section, Table
+from .report_cards import scored_results
 from .report_data import RunFiles
 from .report_words import (
     budgets,
@@ -20,7 +21,8 @@ from .report_words import (
     span,
 )
 
-_ARMS = {"converted_sparse": "C index branch", "converted_oracle": "D oracle"}
+_C = "converted_sparse"
+_ARMS = {_C: "C index branch", "converted_oracle": "D oracle"}
 
 
 def budget_section(run: RunFiles) -> Section:
@@ -33,21 +35,15 @@ def budget_section(run: RunFiles) -> Section:
     for result in run.final("perplexity"):
         if len(budgets(result)) > 1:
             section.blocks.extend(_perplexity(result))
-    for result in run.final("ruler"):
+    for kind, result in scored_results(run):
         if len(budgets(result)) > 1:
-            charts: list[Block] = []
-            tables: list[Block] = []
-            for length in measured_lengths(result):
-                chart, table = _ruler(result, length)
-                charts.append(chart)
-                tables.append(table)
-            section.blocks.extend([*charts, *tables])
+            section.blocks.extend(_scores(kind, result))
     return section
 
 
 def _perplexity(result: dict[str, Any]) -> list[Block]:
     values = {label: arm["perplexity"] for label, arm in result["arms"].items()}
-    shape = _shape(result)
+    shape = shape_of(result)
     rows: list[list[Cell | str]] = [_dense_row(values, shape, result["row_len"], 3)]
     for top_k in budgets(result):
         row = _row(values, top_k, 3)
@@ -68,48 +64,70 @@ def _perplexity(result: dict[str, Any]) -> list[Block]:
     ]
 
 
-def _ruler(result: dict[str, Any], length: str) -> tuple[Chart, Table]:
-    shape = _shape(result)
-    values = {
-        label: arm["means"][length]
-        for label, arm in result["arms"].items()
-        if length in arm["means"]
-    }
-    rows: list[list[Cell | str]] = [_dense_row(values, shape, int(length), 1)]
-    rows[0].append(_seconds(result, "converted_dense", length))
-    for top_k in budgets(result):
-        row = _row(values, top_k, 1)
-        pair = find_pair(result, "cost of sparsity", top_k)
-        entries = pair["lengths"] if pair else []
-        lost = next((entry["lost"] for entry in entries if str(entry["length"]) == length), None)
-        row.append("" if lost is None else Cell(signed(lost["estimate"]), small=span(lost)))
-        row += _arithmetic(shape, int(length), top_k)
-        rows.append([*row, _seconds(result, f"converted_sparse-k{top_k}", length)])
-    name = ruler_name(measured_tasks(result, length))
-    columns = ["budget", "B dense", *_ARMS.values(), "points lost from B to C", *_ARITHMETIC]
-    columns.append("C: seconds a prompt, a token")
-    caption = f"{name} at {length_name(length)} tokens; seconds are those of this machine"
-    chart = _chart(values, budgets(result), "score")
-    where = f"{name} against budget, {length_name(length)} tokens"
-    return Chart(chart, where, half=True), Table(columns, rows, caption)
+def _scores(kind: str, result: dict[str, Any]) -> list[Block]:
+    """A chart for each length, all on one scale, and one table."""
+    top_ks, shape = budgets(result), shape_of(result)
+    every = [mean for arm in result["arms"].values() for mean in arm["means"].values()]
+    charts: list[Block] = []
+    rows: list[list[Cell | str]] = []
+    for length in measured_lengths(result):
+        means = {label: arm["means"].get(length) for label, arm in result["arms"].items()}
+        values = {label: mean for label, mean in means.items() if mean is not None}
+        tokens, size = _row_len(kind, result, length), length_name(length)
+        name = ruler_name(measured_tasks(result, length)) if kind == "ruler" else "LongBench"
+        chart = _chart(values, top_ks, "score", y_range=padded(min(every), max(every)))
+        charts.append(Chart(chart, f"{name} against budget, {size} tokens", half=True))
+        made = [_dense_row(values, shape, tokens, 1)]
+        made += [[*_row(values, top_k, 1), _lost(result, length, top_k)] for top_k in top_ks]
+        for row, top_k in zip(made[1:], top_ks, strict=True):
+            row += _arithmetic(shape, tokens, top_k)
+        for row, arm in zip(
+            made, ["converted_dense", *(f"{_C}-k{k}" for k in top_ks)], strict=True
+        ):
+            rows.append([f"{size}, {row[0]}", *row[1:], _seconds(result, arm, length)])
+    name = ruler_name(measured_tasks(result)) if kind == "ruler" else "LongBench"
+    columns = ["tokens, budget", "B dense", *_ARMS.values(), "points lost from B to C"]
+    columns += [*_ARITHMETIC, "B or C: seconds a prompt, a token"]
+    caption = f"{name}; seconds to read a prompt and for each token of the answer, on this machine"
+    if kind == "longbench":
+        caption += "; prompts are of up to so many tokens, operations those of their mean length"
+    return [*charts, Table(columns, rows, caption)]
+
+
+def _row_len(kind: str, result: dict[str, Any], length: str) -> int | None:
+    """Tokens that operations are counted for: RULER's prompts fill their length, LongBench's do not."""
+    if kind == "ruler":
+        return int(length)
+    costs = next(iter(result["arms"].values())).get("costs") or {}
+    return (
+        round(costs[length]["prompt_tokens"]) if "prompt_tokens" in costs.get(length, {}) else None
+    )
+
+
+def _lost(result: dict[str, Any], length: str, top_k: int) -> Cell | str:
+    pair = find_pair(result, "cost of sparsity", top_k)
+    for entry in pair["lengths"] if pair else []:
+        if str(entry["length"]) == length:
+            return Cell(signed(entry["lost"]["estimate"], 1), small=span(entry["lost"], 1))
+    return ""
 
 
 _ARITHMETIC = ("operations a token (arithmetic)", "of dense attention's")
 
 
-def _arithmetic(shape: dict[str, int] | None, length: int, top_k: int) -> list[Cell | str]:
-    if shape is None:
+def _arithmetic(shape: dict[str, int] | None, length: int | None, top_k: int) -> list[Cell | str]:
+    if shape is None or length is None:
         return ["", ""]
     count = sparse_per_token(shape, length, top_k)
     return [operations(count), f"{100 * count / dense_per_token(shape, length):.0f} %"]
 
 
 def _dense_row(
-    values: dict[str, float], shape: dict[str, int] | None, length: int, digits: int
+    values: dict[str, float], shape: dict[str, int] | None, length: int | None, digits: int
 ) -> list[Cell | str]:
     dense = values.get("converted_dense")
     shown = "" if dense is None else f"{dense:.{digits}f}"
-    count = "" if shape is None else operations(dense_per_token(shape, length))
+    count = "" if shape is None or length is None else operations(dense_per_token(shape, length))
     return ["all blocks", shown, "", "", "", count, "100 %" if count else ""]
 
 
@@ -118,7 +136,12 @@ def _row(values: dict[str, float], top_k: int, digits: int) -> list[Cell | str]:
     return [f"k = {top_k}", "", *("" if one is None else f"{one:.{digits}f}" for one in found)]
 
 
-def _chart(values: dict[str, float], top_ks: list[int], unit: str) -> str:
+def _chart(
+    values: dict[str, float],
+    top_ks: list[int],
+    unit: str,
+    y_range: tuple[float, float] | None = None,
+) -> str:
     """C and D against k, with B as a level."""
     series = [
         Series(
@@ -133,7 +156,7 @@ def _chart(values: dict[str, float], top_ks: list[int], unit: str) -> str:
         ends = [(float(top_ks[0]), dense), (float(top_ks[-1]), dense)]
         series.append(Series("B all blocks", ends, colour_of("converted_dense"), dashed=True))
     shown = [one for one in series if one.points]
-    return line_chart(shown, x_label="budget, blocks", y_label=unit, doubling=True)
+    return line_chart(shown, x_label="budget, blocks", y_label=unit, doubling=True, y_range=y_range)
 
 
 def _seconds(result: dict[str, Any], label: str, length: str) -> str:
@@ -141,9 +164,3 @@ def _seconds(result: dict[str, Any], label: str, length: str) -> str:
     if not cost:
         return ""
     return f"{cost['prefill_s']:.3g}, {cost['s_per_new_token']:.3g}"
-
-
-def _shape(result: dict[str, Any]) -> dict[str, int] | None:
-    """Of the converted model; None in results of an earlier version."""
-    shapes = [arm.get("shape") or {} for arm in result["arms"].values()]
-    return next((shape for shape in shapes if "block_size" in shape), None)

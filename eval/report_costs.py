@@ -20,15 +20,15 @@ class Cost:
     unseen_share: float | None = None
 
 
-def costs(found: list[Cost], caption: str, axis: str) -> list[Block]:
+def costs(found: list[Cost], caption: str, axis: str, *, digits: int = 1) -> list[Block]:
     """Meaning by budget as a table, and the same intervals as a chart; positive is worse."""
     found = [cost for cost in found if cost.meaning in MEANINGS]
     if not found:
         return []
     budgets = list(dict.fromkeys(cost.budget for cost in found))
-    shown = {(cost.meaning, cost.budget): cost_cell(cost) for cost in found}
+    shown = {(cost.meaning, cost.budget): cost_cell(cost, digits) for cost in found}
     rows: list[list[Cell | str]] = [
-        [f"{meaning} ({words})", *(shown.get((meaning, budget), "") for budget in budgets)]
+        [Cell(meaning, small=words), *(shown.get((meaning, budget), "") for budget in budgets)]
         for meaning, words in MEANINGS.items()
         if any(cost.meaning == meaning for cost in found)
     ]
@@ -47,9 +47,9 @@ def costs(found: list[Cost], caption: str, axis: str) -> list[Block]:
     return [Table(columns, rows, caption), Chart(interval_chart(bars, x_label=axis), legend)]
 
 
-def cost_cell(cost: Cost) -> Cell:
+def cost_cell(cost: Cost, digits: int = 1) -> Cell:
     """An estimate with its interval, or that nothing changed and what that cannot exclude."""
     if cost.unseen_share is not None:
         note = "share of changed answers that so few pairs cannot exclude, 95 %"
         return Cell("no answer changed", None, note, f"up to {100 * cost.unseen_share:.0f} % could")
-    return Cell(signed(cost.interval["estimate"]), small=span(cost.interval))
+    return Cell(signed(cost.interval["estimate"], digits), small=span(cost.interval, digits))

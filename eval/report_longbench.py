@@ -23,11 +23,12 @@ def longbench_section(run: RunFiles) -> Section:
         labels = shown_arms(run, result)
         arms = {label: result["arms"][label]["longbench"] for label in labels}
         section.blocks.append(Text(when(run, result), "head"))
+        section.blocks.extend(_causes(result))
         for name in _LANGUAGES:
             section.blocks.extend(_categories(arms, name))
         section.blocks.extend(_buckets(arms) + _version_2(arms))
         section.blocks.append(_tasks(arms))
-        section.blocks.extend(_causes(result) + flips(run, result))
+        section.blocks.extend(flips(run, result))
     return section
 
 

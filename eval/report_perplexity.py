@@ -46,7 +46,7 @@ def perplexity_section(run: RunFiles) -> Section:
             f"{when(run, result)}; per cent of perplexity, with 95 % intervals from {result['rows']} "
             f"paired rows{few(result['rows'])}; positive is worse"
         )
-        section.blocks.extend(costs(found, caption, "perplexity that is added, per cent"))
+        section.blocks.extend(costs(found, caption, "perplexity that is added, per cent", digits=2))
         if result in final:
             section.blocks.extend(_by_position(run, result))
     return section

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..recipes.stages import RULER_TASKS
 from .report_blocks import Block, Cell, Flip, Flips, Section, Side, Table, Text
-from .report_costs import Cost, costs
+from .report_costs import Cost, cost_cell, costs
 from .report_data import RunFiles
 from .report_words import (
     MEANINGS,
@@ -31,6 +31,10 @@ _TINT_POINTS = 20.0
 """A change of so many points has the full tint."""
 
 
+_MANY = 12
+"""Rows that a table may have before it is folded away."""
+
+
 def ruler_section(run: RunFiles) -> Section:
     """Every RULER stage; causes and examples of those that measured the newest weights."""
     intro = (
@@ -46,9 +50,10 @@ def ruler_section(run: RunFiles) -> Section:
         title = f"{ruler_name(tasks)}, {when(run, result)}"
         section.blocks.extend([Text(title, "head"), Text(f"Corpus {result['label']}.", "warn")])
         section.blocks.extend(_by_length(run, result))
-        section.blocks.extend(_heat_maps(run, result))
         if result in final:
             section.blocks.extend(_causes(result))
+        section.blocks.extend(_heat_maps(run, result))
+        if result in final:
             section.blocks.extend(_notes(result))
             section.blocks.extend(flips(run, result))
     return section
@@ -190,7 +195,7 @@ def _by_length(run: RunFiles, result: dict[str, Any]) -> list[Block]:
         if pair is None:
             continue
         entries = {str(entry["length"]): entry for entry in pair["lengths"]}
-        cells = [_lost(entries.get(length)) for length in lengths]
+        cells = [cost_cell(_cost(pair, entries[n])) if n in entries else "" for n in lengths]
         rows.append([Cell(meaning, small=words), *cells, *[""] * len(_OWN) * own])
     caption = (
         f"{ruler_name(measured_tasks(result))} by length; below the arms the points that are lost from one "
@@ -211,7 +216,7 @@ def _own_figures(arm: dict[str, Any], lengths: list[str]) -> list[Cell | str]:
     if length is None:
         return [*averages, f"below {length_name(lengths[0])}"]
     longest = str(length) == lengths[-1]
-    return [*averages, Cell(length_name(length), small="the longest measured" * longest)]
+    return [*averages, Cell(length_name(length), small="or more" * longest)]
 
 
 def _own_words(result: dict[str, Any]) -> str:
@@ -219,7 +224,7 @@ def _own_words(result: dict[str, Any]) -> str:
     said = (
         "The last three columns are RULER's own figures (arXiv 2404.06654): averages that weigh the "
         "longest (inc) or the shortest length (dec) most, and the longest length up to which every mean "
-        f"is at least {EFFECTIVE}."
+        f"is at least {EFFECTIVE} (the longest measured: or more)."
     )
     lacks = []
     if result.get("corpus") != "nvidia":
@@ -227,14 +232,6 @@ def _own_words(result: dict[str, Any]) -> str:
     if not all(arm["ruler"]["all_tasks"] for arm in result["arms"].values()):
         lacks.append(f"not every length has all {len(RULER_TASKS)} tasks")
     return f"{said} They do not compare with published ones: {listed(lacks)}." if lacks else said
-
-
-def _lost(entry: dict[str, Any] | None) -> Cell | str:
-    if entry is None:
-        return ""
-    if entry["unseen_share"] is not None:
-        return Cell("none changed", small=f"up to {100 * entry['unseen_share']:.0f} % could")
-    return Cell(signed(entry["lost"]["estimate"]), small=span(entry["lost"]))
 
 
 def _causes(result: dict[str, Any]) -> list[Block]:
@@ -247,10 +244,7 @@ def _causes(result: dict[str, Any]) -> list[Block]:
             entries = {"all lengths": pair["overall"]}
         for place, entry in entries.items():
             pairs[place] = entry["lost"]["samples"]
-            cost = Cost(
-                pair["meaning"], budget_of(pair["second"]), entry["lost"], entry["unseen_share"]
-            )
-            places.setdefault(place, []).append(cost)
+            places.setdefault(place, []).append(_cost(pair, entry))
     name = ruler_name(measured_tasks(result))
     blocks: list[Block] = []
     for place, found in places.items():
@@ -262,14 +256,18 @@ def _causes(result: dict[str, Any]) -> list[Block]:
     return blocks
 
 
+def _cost(pair: dict[str, Any], entry: dict[str, Any]) -> Cost:
+    return Cost(pair["meaning"], budget_of(pair["second"]), entry["lost"], entry["unseen_share"])
+
+
 def _notes(result: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
-    name = f"{', '.join(measured_tasks(result)) or 'RULER'} ({result['samples']} prompts a task)"
+    name = f"{ruler_name(measured_tasks(result))} ({result['samples']} prompts a task)"
     for skipped in result["skipped"]:
         blocks.append(Text(f"Left out at {skipped['length']} tokens: {skipped['reason']}.", "warn"))
     changed = [
         [
-            f"{pair['meaning']}, {arm_name(pair['second'])}",
+            f"{pair['meaning']}, k = {k}" if (k := budget_of(pair["second"])) else pair["meaning"],
             task["task"],
             length_name(entry["length"]),
             str(task["worse"]),
@@ -285,4 +283,6 @@ def _notes(result: dict[str, Any]) -> list[Block]:
     if not changed:
         return [*blocks, Text(f"{name}: no single cell differs by {test}.")]
     columns = ["comparison", "task", "tokens", "worse", "better", "adjusted p"]
-    return [*blocks, Table(columns, changed, f"{name}: cells that differ by {test}")]
+    caption = f"{name}: cells that differ by {test}"
+    fold = f"{len(changed)} cells that differ, with their tests" if len(changed) > _MANY else ""
+    return [*blocks, Table(columns, changed, caption, fold=fold)]

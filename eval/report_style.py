@@ -16,10 +16,12 @@ main { max-width: 1020px; margin: 0 auto; padding: 40px 22px 80px }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -.01em; margin: 0 0 4px }
 header p { color: var(--muted); margin: 0 0 22px }
 h2 { font-size: 20px; margin: 44px 0 12px; padding-top: 14px; border-top: 1px solid var(--line) }
-.verdict { border-left: 4px solid var(--c2); padding: 4px 0 4px 18px }
-.verdict p { margin: 0 0 6px; color: var(--muted) }
+.verdict { border-left: 5px solid var(--c2); padding: 2px 0 2px 18px }
+.verdict.good { border-color: var(--c4) } .verdict.bad { border-color: var(--c1) }
+.verdict.open { border-color: var(--c5) }
+.verdict p { margin: 0 0 6px; color: var(--muted); font-size: 15px }
 .verdict p:first-child { font-size: 20px; line-height: 1.4; color: var(--ink); font-weight: 600 }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 12px;
   margin: 24px 0 18px }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
   display: flex; flex-direction: column }
@@ -46,6 +48,8 @@ td small, tbody th small { display: block; font-weight: 400; color: var(--muted)
 .grid table { table-layout: fixed } .grid td, .grid thead th:not(:first-child) { text-align: center }
 .grid td { border: 2px solid var(--panel); padding: 7px 4px } .grid th:first-child { width: 158px }
 .grid.half th:first-child { width: 140px } .grid.half { font-size: 13px }
+.many table { font-size: 13px } .many th, .many td { padding: 6px 7px }
+.many td small, .many tbody th small { font-size: 11px } .many tbody th small { white-space: normal }
 section > p { margin: 5px 0 } section > .intro { color: var(--muted); margin: 0 0 6px; max-width: 78ch }
 h3 { font-size: 16px; margin: 22px 0 2px }
 .flip { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px;

@@ -1,24 +1,29 @@
-"""The top of the report: what the conversion cost in sentences, and the headline figures.
+"""The top of the report: what the conversion cost in sentences, and the colour of the verdict.
 
 Both speak of the newest weights that were measured, and of every stage that measured them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from .report_blocks import Card
-from .report_data import RunFiles, duration
+from ..recipes.stages import RULER_TASKS
+from .report_cards import scored_results
+from .report_data import RunFiles
 from .report_words import (
+    MEANINGS,
+    budget_of,
     budgets,
     find_pair,
-    length_name,
     listed,
     main_budget,
+    main_pair,
     measured_lengths,
     measured_tasks,
     overall,
     plain,
+    reach,
     ruler_name,
     signed,
     span,
@@ -27,59 +32,74 @@ from .report_words import (
 )
 
 _CAUSES = ("training drift", "budget cost", "indexer error")
+_TONES = {"non-inferior": "good", "inferior": "bad", "undecided": "open"}
 
 
-def verdict(run: RunFiles) -> list[str]:
-    """What the conversion cost: one sentence with interval, margin and causes; then the other measures."""
-    scored = [
-        (kind, one)
-        for kind in ("ruler", "longbench")
-        for one in run.final(kind)
-        if kind == "ruler" or one.get("measured")
-    ]
-    perplexities = run.final("perplexity")
-    if not scored and not perplexities:
-        return ["Nothing has been measured yet: no evaluation stage of this run has finished."]
-    # The result over most cells speaks first: a mean over tasks, not one of them.
-    scored.sort(key=lambda found: (found[0] != "ruler", -len(measured_tasks(found[1]))))
-    lines = [_score_line(run, kind, one) for kind, one in scored]
-    lines += [_perplexity_line(run, one, perplexities) for one in perplexities]
-    lines = [line for line in lines if line] or ["Measured, but without a pair of arms to compare."]
-    newest = [*perplexities, *(one for _, one in scored)][-1]
-    lines[0] = _unfinished(run, newest) + lines[0]
-    return [line for line in (*lines, _start(run)) if line]
+@dataclass(frozen=True)
+class Verdict:
+    """What is read first: one sentence and what explains it, then what the other stages say."""
+
+    head: list[str]
+    rest: list[str]
+    tone: str
+    """`good`, `bad` or `open`, as the first sentence says of the margin; empty where it says nothing."""
 
 
-def _score_line(run: RunFiles, kind: str, result: dict[str, Any]) -> str:
-    """`Converted to read 16 blocks, the model loses ... (interval), within the margin ..., by cause ...`"""
-    top_k = main_budget(run, result)
-    pair = _main_pair(result, top_k)
-    entry = None if pair is None else overall(pair)
-    if pair is None or entry is None:
-        return ""
-    tasks, lengths = measured_tasks(result), measured_lengths(result)
-    where = f"at {listed([length_name(length) for length in lengths])} tokens"
-    what = f"{'the ' if tasks[1:] else ''}{ruler_name(tasks)} {where}"
+def verdict(run: RunFiles) -> Verdict:
+    """What the conversion cost, by the stage over most RULER tasks where there is one."""
+    scored, perplexities = scored_results(run), run.final("perplexity")
+    measured = [*(one for _, one in scored), *perplexities]
+    if not measured:
+        words = "Nothing has been measured yet: no evaluation stage of this run has finished."
+        return Verdict([words], [], "")
+    told: list[Verdict] = []
+    for kind, one in scored:
+        top_k = main_budget(run, one)
+        pair = main_pair(one, top_k)
+        entry = None if pair is None else overall(pair)
+        if pair is not None and entry is not None:
+            said = _score_line(kind, one, pair, entry)
+            lines = [said, _causes(one, top_k, explain=not told), _prompts(kind, one)]
+            tone = _TONES.get(entry.get("verdict", ""), "")
+            told.append(Verdict([line for line in lines if line], [], tone))
+    rest = [" ".join(one.head) for one in told[1:]]
+    rest += [_perplexity_line(run, one, perplexities) for one in perplexities]
+    rest = [line for line in (*rest, _start(run)) if line]
+    head = told[0].head if told else rest[:1]
+    head = head or ["Measured, but without a pair of arms to compare."]
+    head[0] = _unfinished(run, measured[0]) + head[0]
+    return Verdict(head, rest if told else rest[1:], told[0].tone if told else "")
+
+
+def _score_line(
+    kind: str, result: dict[str, Any], pair: dict[str, Any], entry: dict[str, Any]
+) -> str:
+    """`Converted to read 16 blocks, the model loses ... (interval), which is within the margin ...`"""
+    tasks = measured_tasks(result)
+    what = f"{'the ' if tasks[1:] else ''}{ruler_name(tasks)} {reach(measured_lengths(result))}"
     if kind == "longbench":
         what = f"the LongBench mean of {len(tasks)} tasks" if tasks[1:] else f"LongBench {tasks[0]}"
-    answers = f"{entry['lost']['samples']} paired answers"
+    answers = f"{entry['lost']['samples']:,} paired answers"
     whole = pair["meaning"] == "whole conversion"
     begin = "Converted to read" if whole else "Reading"
-    begin += f" {top_k} {_blocks(result)}{'' if whole else ' instead of all'}, the"
+    begin += (
+        f" {budget_of(pair['second'])} {_blocks(result)}{'' if whole else ' instead of all'}, the"
+    )
     begin += f" {'' if whole else 'converted '}model"
+    lost = entry["lost"]
     if entry["unseen_share"] is not None:
         share = f"{100 * entry['unseen_share']:.0f} %"
         said = (
             f"has the same score on every prompt of {what} ({answers}; up to {share} could change)"
         )
+    elif lost["estimate"] < 0:
+        _, ends = plain(lost).split(" (")
+        said = f"gains {-lost['estimate']:.1f} points of {what} (95 % interval of what is lost "
+        said += f"{ends[:-1]}, {answers})"
     else:
-        lost = entry["lost"]
         points, ends = plain(lost).split(" (")
         said = f"loses {points} points of {what} (95 % interval {ends[:-1]}, {answers})"
-        if lost["estimate"] < 0:
-            said = f"gains {-lost['estimate']:.1f} points of {what} (95 % interval of what is lost "
-            said += f"{ends[:-1]}, {answers})"
-    parts = [f"{begin} {said}", _judged(result, entry), _causes(result, top_k)]
+    parts = [f"{begin} {said}", _judged(result, entry)]
     return ", ".join(part for part in parts if part) + "." + _moot(pair, entry)
 
 
@@ -111,8 +131,8 @@ def _judged(result: dict[str, Any], entry: dict[str, Any]) -> str:
     }[entry["verdict"]]
 
 
-def _causes(result: dict[str, Any], top_k: int | None) -> str:
-    """`by cause: training drift +0.1, budget cost +0.3, indexer error +0.8 (the largest)`."""
+def _causes(result: dict[str, Any], top_k: int | None, *, explain: bool) -> str:
+    """`By cause: training drift 0.1 (0.0 to 0.2), budget cost 0.3 ... and indexer error 0.8 ....`"""
     parts, changed = [], False
     for meaning in _CAUSES:
         pair = find_pair(result, meaning, top_k)
@@ -121,13 +141,24 @@ def _causes(result: dict[str, Any], top_k: int | None) -> str:
             continue
         same = entry["unseen_share"] is not None
         changed = changed or not same
-        parts.append(f"{meaning} {'none' if same else plain(entry['lost'])}")
-    return f"by cause: {listed(parts)}" if changed and parts[1:] else ""
+        words = MEANINGS[meaning].partition(": ")[2].replace("best k", f"best {top_k}")
+        why = f"; {words})" if explain else ")"
+        parts.append(f"{meaning} {'none' if same else plain(entry['lost'])[:-1] + why}")
+    return f"By cause: {listed(parts)}." if changed and parts[1:] else ""
+
+
+def _prompts(kind: str, result: dict[str, Any]) -> str:
+    """What the first sentence's prompts are worth elsewhere, and which tasks they lack."""
+    if kind != "ruler":
+        return ""
+    count = len(measured_tasks(result))
+    lacks = "" if count == len(RULER_TASKS) else f"; {count} of RULER's {len(RULER_TASKS)} tasks"
+    return f"Prompts: {result['label']}{lacks}."
 
 
 def _perplexity_line(run: RunFiles, result: dict[str, Any], every: list[dict[str, Any]]) -> str:
     top_k = main_budget(run, result)
-    pair = _main_pair(result, top_k)
+    pair = main_pair(result, top_k)
     if pair is None:
         return ""
     change = pair["change_pct"]
@@ -146,52 +177,6 @@ def _perplexity_line(run: RunFiles, result: dict[str, Any], every: list[dict[str
     return ", ".join(parts) + "."
 
 
-def cards(run: RunFiles) -> list[Card]:
-    """Headline figures; only what was measured."""
-    found: list[Card] = []
-    dense = "converted_dense"
-    for result in run.final("perplexity"):
-        arms, top_k = result["arms"], main_budget(run, result)
-        sparse = arms.get(f"converted_sparse-k{top_k}")
-        if sparse:
-            against = f"{arms[dense]['perplexity']:.2f} dense" if dense in arms else ""
-            found.append(Card(f"{sparse['perplexity']:.2f}", f"perplexity, k = {top_k}", against))
-    for result in run.final("ruler"):
-        arms, top_k = result["arms"], main_budget(run, result)
-        sparse = arms.get(f"converted_sparse-k{top_k}", {"means": {}})
-        for length, mean in sparse["means"].items():
-            base = arms.get(dense, {}).get("means", {}).get(length)
-            tasks = measured_tasks(result, length)
-            detail = f"{result['samples']} prompts a task"
-            if base is not None:
-                detail = f"{base:.1f} dense; {detail}"
-            label = f"{ruler_name(tasks)} at {length_name(length)}, k = {top_k}"
-            found.append(Card(f"{mean:.1f}", label, detail))
-    return [*found, *_training_cards(run)]
-
-
-def _training_cards(run: RunFiles) -> list[Card]:
-    found: list[Card] = []
-    stages = [
-        (label, layers)
-        for number, label in run.training_stages()
-        if (layers := run.by_layer("learned_coverage", number))
-    ]
-    if stages:
-        label, layers = stages[-1]
-        worst = min(layers, key=lambda layer: layers[layer])
-        mean = sum(layers.values()) / len(layers)
-        detail = f"worst layer {layers[worst]:.3f} (layer {worst}), after {label}"
-        found.append(Card(f"{mean:.3f}", "learned coverage, mean", detail))
-    tokens = max((record.get("tokens", 0) for record in run.metrics), default=0)
-    if tokens:
-        trained = [done for done in run.done.values() if done.get("kind") in ("warmup", "sparse")]
-        seconds = sum(map(duration, trained))
-        detail = f"{seconds / 60:.1f} min of training" if seconds else ""
-        found.append(Card(f"{tokens:,}", "training tokens", detail))
-    return found
-
-
 def _unfinished(run: RunFiles, result: dict[str, Any]) -> str:
     """What to say first where the recipe's training had not ended when this was measured."""
     if result.get("state") or len(result.get("after") or []) >= len(run.trainings()):
@@ -205,7 +190,7 @@ def _start(run: RunFiles) -> str:
     for result in run.results["perplexity"]:
         if result.get("state") or result.get("after") or result in final:
             continue
-        pairs = [(top_k, _main_pair(result, top_k)) for top_k in budgets(result)]
+        pairs = [(top_k, main_pair(result, top_k)) for top_k in budgets(result)]
         said = [
             f"{signed(pair['change_pct']['estimate'])} % ({span(pair['change_pct'])} %) at k = {top_k}"
             for top_k, pair in pairs
@@ -214,13 +199,6 @@ def _start(run: RunFiles) -> str:
         if said:
             return f"Before training, the {start_name(run)} had moved perplexity by {listed(said)}."
     return ""
-
-
-def _main_pair(result: dict[str, Any], top_k: int | None) -> dict[str, Any] | None:
-    """The whole conversion, or what sparsity alone cost where the original was not measured."""
-    return find_pair(result, "whole conversion", top_k) or find_pair(
-        result, "cost of sparsity", top_k
-    )
 
 
 def _reference(pair: dict[str, Any]) -> str:

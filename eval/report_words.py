@@ -93,6 +93,13 @@ def find_pair(result: dict[str, Any], meaning: str, top_k: int | None) -> dict[s
     return None
 
 
+def main_pair(result: dict[str, Any], top_k: int | None) -> dict[str, Any] | None:
+    """The whole conversion, or what sparsity alone cost where the original was not measured."""
+    return find_pair(result, "whole conversion", top_k) or find_pair(
+        result, "cost of sparsity", top_k
+    )
+
+
 def overall(pair: dict[str, Any]) -> dict[str, Any] | None:
     """A comparison over all lengths: `lost`, `unseen_share`, and `verdict` where it was recorded."""
     found = pair.get("overall")
@@ -176,6 +183,14 @@ def ruler_name(tasks: Sequence[str]) -> str:
 def listed(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+
+
+def reach(lengths: Sequence[str]) -> str:
+    """`at 4K and 8K tokens`; of many lengths the ends."""
+    names = [length_name(length) for length in lengths]
+    if len(names) > 3:
+        return f"from {names[0]} to {names[-1]} tokens"
+    return f"at {listed(names)} tokens"
 
 
 def few(pairs: int) -> str:

@@ -112,13 +112,14 @@ def compare(first: Predictions, second: Predictions, *, margin: float) -> dict[s
 
 
 def costs(records: Predictions) -> dict[str, dict[str, Any]]:
-    """length -> seconds of all its prompts, means of reading and answering one, and the peak memory."""
+    """length -> mean prompt, seconds of all and means of reading and answering one, peak memory."""
     table: dict[str, dict[str, Any]] = {}
     for length in sorted({record["length"] for record in records.values()}):
         many = [record for record in records.values() if record["length"] == length]
         reading, answering = ([one[key] for one in many] for key in ("prefill_s", "decode_s"))
         table[str(length)] = {
             "samples": len(many),
+            "prompt_tokens": _mean(one["prompt_tokens"] for one in many),
             "seconds": round(sum(reading) + sum(answering), 3),
             "prefill_s": _mean(reading),
             "decode_s": _mean(answering),
@@ -179,15 +180,23 @@ def depths(records: Predictions) -> dict[str, list[dict[str, Any]]]:
 
 
 def flips(first: Predictions, second: Predictions) -> list[dict[str, Any]]:
-    """A few samples whose score differs most, the largest losses first, side by side."""
-    changed = [one for one in first.values() if one["score"] != second[one["id"]]["score"]]
-    changed.sort(key=lambda one: (second[one["id"]]["score"] - one["score"], one["id"]))
+    """A few samples whose score differs most, the largest losses first, of many tasks if it can be."""
+    changed = sorted(
+        (second[name]["score"] - one["score"], name)
+        for name, one in first.items()
+        if one["score"] != second[name]["score"]
+    )
+    before: Counter[str] = Counter()
+    order = []
+    for gain, name in changed:
+        order.append((gain, before[first[name]["task"]], name))
+        before[first[name]["task"]] += 1
     shown = []
-    for one in changed[:_FLIPS]:
-        other = second[one["id"]]
+    for _, _, name in sorted(order)[:_FLIPS]:
+        one, other = first[name], second[name]
         shown.append(
             {
-                "id": one["id"],
+                "id": name,
                 "references": one["references"],
                 "first": one["prediction"][:_SHOWN],
                 "second": other["prediction"][:_SHOWN],

@@ -1,6 +1,6 @@
 """A finished run's folder with invented answers and losses, scored by the real code: what the report reads.
 
-`write(folder)` makes the same files whenever it is called.
+`write(folder)` makes the same files whenever it is called; `write(folder, **LARGE)` all of RULER.
 Sparse attention loses needles that lie deep in long prompts, so every block of the report has something
 to show. All numbers in it are invented.
 """
@@ -14,21 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from dense2sparse.eval import longbench_score, perplexity, score
+from dense2sparse.recipes.stages import RULER_TASKS
 
 LENGTHS = (4096, 16384, 32768)
 TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe")
 BASE = {"niah_single_1": 1.0, "niah_single_2": 0.97, "niah_multikey_3": 0.8, "vt": 0.86}
+LARGE: dict[str, Any] = {
+    "tasks": RULER_TASKS,
+    "lengths": (4096, 8192, 16384, 32768, 65536, 131072),
+    "budgets": (8, 16),
+}
 LAYERS = tuple(range(2, 12))
 ARMS = ("original_dense", "converted_dense")
 SHAPE = {"layers": 12, "query_heads": 16, "head_width": 64, "sparse_layers": 10}
 SHAPE |= {"index_heads": 4, "index_width": 64, "block_size": 128}
 
 
-def write(folder: Path, *, samples: int = 24) -> Path:
-    """A run with 6 RULER tasks at 3 lengths, 3 budgets, LongBench, perplexity and training."""
+def write(
+    folder: Path,
+    *,
+    samples: int = 24,
+    tasks: tuple[str, ...] = TASKS,
+    lengths: tuple[int, ...] = LENGTHS,
+    budgets: tuple[int, ...] = (4, 16, 64),
+) -> Path:
+    """A run with RULER, LongBench, lm-eval, perplexity and training."""
     labels = [
         *ARMS,
-        *(f"converted_{arm}-k{k}" for k in (4, 16, 64) for arm in ("sparse", "oracle")),
+        *(f"converted_{arm}-k{k}" for k in budgets for arm in ("sparse", "oracle")),
     ]
     after = ["1-warmup", "2-sparse"]
     head = {"state": None, "after": after, "checkpoint": "c0ffee" * 10, "checkpoint_top_k": 16}
@@ -38,9 +51,11 @@ def write(folder: Path, *, samples: int = 24) -> Path:
     _json(folder / "stages/1-warmup/done.json", {"kind": "warmup", "seconds": 5400.0})
     _json(folder / "stages/2-sparse/done.json", {"kind": "sparse", "seconds": 12600.0})
     (folder / "metrics.jsonl").write_text(_metrics(), encoding="utf-8")
-    _json(folder / "eval/ruler/stage-4.json", {**_ruler(labels, samples), **head})
+    _json(folder / "eval/ruler/stage-4.json", {**_ruler(labels, samples, tasks, lengths), **head})
     _json(folder / "eval/perplexity/stage-3.json", {**_perplexity(labels), **head})
     _json(folder / "eval/longbench/stage-5.json", {**_longbench(), **head})
+    for place, label in enumerate((*ARMS, "converted_sparse-k16")):
+        _json(folder / f"eval/lm-eval/{label}/short.json", _lm_eval(label, place))
     return folder
 
 
@@ -110,17 +125,19 @@ def _keeps(label: str, length: int, depth: float) -> float:
     return max(0.05, min(1.0, 0.25 + 0.75 * room - (0.15 if 0.2 < depth < 0.8 else 0.0)))
 
 
-def ruler_records(label: str, samples: int) -> dict[str, dict[str, Any]]:
+def ruler_records(
+    label: str, samples: int, tasks: tuple[str, ...] = TASKS, lengths: tuple[int, ...] = LENGTHS
+) -> dict[str, dict[str, Any]]:
     """Invented answers of one arm; the same prompts in every arm."""
     records = {}
-    for length in LENGTHS:
-        for task in TASKS:
+    for length in lengths:
+        for task in tasks:
             for number in range(samples):
                 name = f"{task}/{length}/{number:05d}"
                 luck = random.Random(name).random()  # the prompt's own, the same in every arm
                 depth = random.Random(name + "depth").random()
                 keeps = _keeps(label, length, depth) if task.startswith("niah") else 1.0
-                hard = {"cwe": 0.5 - 0.09 * LENGTHS.index(length) * 2.2, "fwe": 0.7}
+                hard = {"cwe": 0.5 - 0.1 * (length // 4096).bit_length() + 0.1, "fwe": 0.7}
                 right = luck < BASE.get(task, hard.get(task, 0.9)) * (0.45 + 0.55 * keeps)
                 if label == "original_dense" and luck > 0.985:
                     right = not right
@@ -152,22 +169,42 @@ def _needle(keeps: float, label: str, length: int) -> dict[str, Any]:
     return {**share, "kept": min(1.0, blocks * 128 / length), "by_layer": layers}
 
 
-def _ruler(labels: list[str], samples: int) -> dict[str, Any]:
-    arms = {label: score.scored(ruler_records(label, samples)) for label in labels}
+def _ruler(
+    labels: list[str], samples: int, tasks: tuple[str, ...], lengths: tuple[int, ...]
+) -> dict[str, Any]:
+    arms = {label: score.scored(ruler_records(label, samples, tasks, lengths)) for label in labels}
     found = score.evaluate(arms, margin=1.0)
     for arm in found["arms"].values():
         arm["costs"] = {
             str(length): {"samples": samples, "prefill_s": length / 9e4, "s_per_new_token": 0.021}
             | {"seconds": 60.0, "decode_s": 0.6, "peak_gib": 12.5}
-            for length in LENGTHS
+            for length in lengths
         }
         arm["seconds"] = 180.0
         arm["shape"] = SHAPE
     head = {"kind": "ruler", "stage": 4, "label": "ruler-pd, not comparable with published scores"}
     head |= {"corpus": "ruler-pd"}
     skipped = [{"task": "cwe", "length": 512, "reason": "cwe needs 1216 tokens"}]
-    sizes = {"samples": samples, "lengths": list(LENGTHS), "tasks": list(TASKS), "block_size": 128}
+    sizes = {"samples": samples, "lengths": list(lengths), "tasks": list(tasks), "block_size": 128}
     return {**head, **sizes, "prompts": "beef" * 16, "skipped": skipped, **found}
+
+
+def _lm_eval(label: str, place: int) -> dict[str, Any]:
+    """Invented answers of one arm to three tasks, of which two make a mean."""
+    answers, results = {}, {}
+    for number, task in enumerate(("arc_easy", "mmlu_law", "mmlu_maths")):
+        rights = [random.Random(f"{task}{n}").random() < 0.7 - 0.01 * place for n in range(200)]
+        share = sum(rights) / len(rights)
+        scores = {"acc,none": {str(n): float(right) for n, right in enumerate(rights)}}
+        answers[task] = {"prompts": str(number), "scores": scores}
+        error = math.sqrt(share * (1 - share) / 199)
+        results[task] = {"alias": task, "acc,none": share, "acc_stderr,none": error}
+    pair = [results[task]["acc,none"] for task in ("mmlu_law", "mmlu_maths")]
+    results["mmlu"] = {"acc,none": sum(pair) / 2, "acc_stderr,none": 0.023}
+    settings = {"lm_eval": "0", "limit": 200, "num_fewshot": 5, "chat": False, "precision": "bf16"}
+    head = {"arm": label, "checkpoint": "" if place == 0 else "c0ffee" * 10, **settings}
+    members = {"mmlu": ["mmlu_law", "mmlu_maths"]}
+    return {**head, "results": results, "group_subtasks": members, "answers": answers}
 
 
 def _perplexity(labels: list[str]) -> dict[str, Any]:

@@ -53,6 +53,10 @@ SECTIONS = {
     "RULER": [RULER],
     "Needles: depth, and whether their block was selected": [RULER],
     "LongBench": ["eval/longbench/stage-5.json"],
+    "Short tasks of lm-eval": [
+        f"eval/lm-eval/{arm}/short.json"
+        for arm in ("original_dense", "converted_dense", "converted_sparse-k16")
+    ],
     "Perplexity on held-out text": ["eval/perplexity/stage-3.json"],
     "Quality against budget": [RULER, "eval/perplexity/stage-3.json"],
     "Index branch: learned coverage after each stage": ["metrics.jsonl"],
@@ -121,15 +125,19 @@ def test_first_sentence_has_loss_interval_margin_and_causes(page, said, words):
                 pair["overall"] |= {"lost": {**lost, "estimate": -0.04, "low": -1.0, "high": 1.0}}
                 pair["overall"]["unseen_share"] = None
 
-    first = page({RULER: change})["markdown"].split("**")[1]
+    made = page({RULER: change})
+    first, causes = made["markdown"].split("**")[1:3]
     assert first.startswith(
         "Converted to read 16 blocks of 128 tokens, the model loses 7.0 points of the RULER mean of 6 "
         "tasks at 4K, 16K and 32K tokens (95 % interval 3.1 to 11.9, 432 paired answers), "
     )
-    assert (
-        f"{words}, by cause: training drift 0.0 (\N{MINUS SIGN}1.0 to 1.0), budget cost " in first
+    assert first.endswith(f"{words}.") and first.count(". ") == 0
+    drift = (
+        "training drift 0.0 (\N{MINUS SIGN}1.0 to 1.0; training moved the weights), budget cost "
     )
-    assert first.count(".\n") == 0 and "indexer error" in first
+    assert f"By cause: {drift}" in causes and "only the best 16 blocks are read)" in causes
+    tone = {"non-inferior": "good", "inferior": "bad", "undecided": "open"}[said]
+    assert f'<div class="verdict {tone}">' in made["html"]
 
 
 def test_gain_is_not_called_a_loss(page):
@@ -219,7 +227,7 @@ def test_same_numbers_stand_in_csv_once_each(page, source):
     key = ("ruler", "4", "32768", "vt", "converted_sparse-k16", "score")
     assert float(dict(zip(keys, rows, strict=True))[key]["value"]) == score
     kinds = {row["kind"] for row in rows}
-    assert kinds == {"perplexity", "ruler", "longbench"}
+    assert kinds == {"perplexity", "ruler", "longbench", "lm-eval"}
     assert any("at positions 16384 to 32768" in row["measure"] for row in rows)
 
 
@@ -297,8 +305,8 @@ def test_cause_that_changed_no_answer_is_told_as_none(page):
         for pair in content["comparisons"]:
             pair["overall"]["unseen_share"] = 0.01
 
-    assert "indexer error none." in page({RULER: change})["markdown"].split("**")[1]
-    assert "by cause" not in page({RULER: same})["markdown"].split("**")[1]
+    assert "indexer error none." in page({RULER: change})["markdown"].split("\n- ")[0]
+    assert "By cause" not in page({RULER: same})["markdown"].split("\n- ")[0]
 
 
 def test_positions_are_told_once_where_all_stages_had_the_same(page):
@@ -335,4 +343,52 @@ def test_rulers_own_figures_stand_beside_the_means_and_say_what_they_lack(page, 
             arm["ruler"] |= {"all_tasks": True, "effective_length": 32768}
 
     text = page({RULER: complete})["markdown"]
-    assert "32K (the longest measured)" in text and "They do not compare" not in text
+    assert "| 32K (or more) |" in text and "They do not compare" not in text
+
+
+def test_first_screen_has_losses_savings_and_a_picture_with_the_margin(page, source):
+    arms = json.loads(source[RULER])["arms"]
+    pairs = json.loads(source[RULER])["comparisons"]
+    kind = ("whole conversion", "converted_sparse-k16")
+    pair = next(one for one in pairs if (one["meaning"], one["second"]) == kind)
+    made = page()
+    top = made["markdown"].split("\n## ")[0]
+    ends = [
+        sum(cell["score"] for by in arms[label]["scores"].values() for cell in by.values()) / 18
+        for label in ("original_dense", "converted_sparse-k16")
+    ]
+    lost = pair["overall"]["lost"]
+    minus = "\N{MINUS SIGN}"
+    assert lost["estimate"] == pytest.approx(ends[0] - ends[1])
+    figure = f"**{minus}{lost['estimate']:.1f}** ({ends[0]:.1f} to {ends[1]:.1f}; 95 % interval "
+    assert f"RULER mean of 6 tasks, k = 16: {figure}{minus}{lost['high']:.1f} to " in top
+    shape = arms["converted_sparse-k16"]["shape"]
+    share = sparse_per_token(shape, 32768, 16) / dense_per_token(shape, 32768)
+    assert f"of dense attention's operations at 32K, k = 16: **{100 * share:.0f} %**" in top
+    assert "- points, LongBench mean of 8 tasks, k = 16: **" in top
+    picture = made["html"].split("<nav>")[0].split("<figure>")[1]
+    names = re.findall(r'class="row"[^>]*>([^<]+)<', picture)
+    assert names == [
+        *(f"RULER at {n}" for n in ("4K", "16K", "32K")),
+        "RULER, all lengths",
+        "LongBench",
+    ]
+    assert picture.count('<line class="mark"') == 1 and "the margin of 1 (dashed)" in picture
+
+
+def test_operations_of_longbench_are_those_of_its_mean_prompt(page, source):
+    def two_budgets(content):
+        for label in ("converted_sparse", "converted_oracle"):
+            content["arms"][f"{label}-k4"] = content["arms"][f"{label}-k16"]
+        for arm in content["arms"].values():
+            arm["shape"] = json.loads(source[RULER])["arms"]["converted_dense"]["shape"]
+            cost = {"prompt_tokens": 8000.4, "prefill_s": 0.5, "s_per_new_token": 0.02}
+            arm["costs"] = {"16384": cost}
+
+    text = page({"eval/longbench/stage-5.json": two_budgets})["markdown"]
+    shape = json.loads(source[RULER])["arms"]["converted_dense"]["shape"]
+    share = 100 * sparse_per_token(shape, 8000, 4) / dense_per_token(shape, 8000)
+    line = next(
+        one for one in text.split("LongBench; seconds")[1].splitlines() if "16K, k = 4" in one
+    )
+    assert line.endswith(f" | {share:.0f} % | 0.5, 0.02 |")

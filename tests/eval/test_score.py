@@ -199,6 +199,14 @@ def test_flips_show_the_largest_losses_first():
     assert shown[0]["scores"] == [100.0, 0.0] and shown[0]["second"] == "no"
 
 
+def test_flips_are_of_many_tasks_where_many_are_lost():
+    tasks = ("cwe", "fwe", "vt")
+    first = scored({k: v for task in tasks for k, v in arm(6, task=task).items()})
+    second = scored({k: v for task in tasks for k, v in arm(0, task=task).items()})
+    shown = [one["id"].split("/")[0] for one in tables.flips(first, second)]
+    assert shown == ["cwe", "fwe", "vt", "cwe", "fwe"]
+
+
 def test_command_line_writes_the_tables_and_says_the_verdicts(folder, capsys):
     assert score.main([str(folder), "--compare", "original_dense", "converted_oracle-k16"]) == 0
     said = capsys.readouterr().out
