@@ -1,7 +1,9 @@
 """Loss of held-out rows in an arm: one record a row, so that arms are compared row by row and by position.
 
 Each document of a row is run alone, so every arm sees exactly the same context whatever it thinks of
-packing. Logits are made in chunks; the whole (N, vocabulary) matrix never exists. Losses are summed by
+packing. Logits are made in chunks; the whole (N, vocabulary) matrix never exists. With `prefill_chunk` a
+document is read that many tokens at a time too, through the model's cache, so a document of 128K needs the
+activations of one chunk. Losses are summed by
 position in the document, in buckets that double: what sparsity costs shows where a document is longer than
 the budget, and a mean over positions hides it behind the easy first tokens.
 """
@@ -49,14 +51,19 @@ def measure(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    prefill_chunk: int | None = None,
 ) -> int:
-    """Append the loss of this rank's rows that have none in `folder`; returns how many were run."""
+    """Append the loss of this rank's rows that have none in `folder`; returns how many were run.
+
+    Args:
+        prefill_chunk: tokens of a document that are read at a time; the same losses up to rounding.
+    """
     done = read_journals(folder)
     mine = [(row_id(place), row) for place, row in enumerate(rows)][rank::world_size]
     left = [(name, row) for name, row in mine if name not in done]
     if not left:
         return 0
-    meter = LossMeter(model)
+    meter = LossMeter(model, prefill_chunk)
     write_json(folder / SHAPE, shape(model.config))
     with Journal(journal_path(folder, rank, world_size)) as journal:
         for count, (name, row) in enumerate(left, start=1):
@@ -79,16 +86,20 @@ def measure(
 class LossMeter:
     """Next-token losses of documents, logits in chunks."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prefill_chunk: int | None = None) -> None:
         """Try a few tokens to see whether the output layer alone makes the logits.
 
         Families that scale or cap them (Granite, Cohere, Gemma) go through the model's own forward
         pass, whole logits and all; so no family has to be listed.
+
+        Args:
+            prefill_chunk: tokens of a document that are read at a time; None reads it in one pass.
         """
-        self._model = model
+        self._model, self._chunk = model, prefill_chunk
         few = torch.arange(1, 5, device=model.device)[None]
         with torch.no_grad():
-            ours = model.get_output_embeddings()(self._hidden(few, {})).float()
+            hidden = model.get_decoder()(input_ids=few, use_cache=False).last_hidden_state
+            ours = model.get_output_embeddings()(hidden).float()
             theirs = model(input_ids=few, use_cache=False).logits.float()
         self._plain = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
@@ -126,25 +137,33 @@ class LossMeter:
 
         Args:
             ids, targets: (N,) int64.
-            arguments: further ones of the forward pass, for example `msa_call`.
+            arguments: further ones of the forward pass, for example `msa_call`; the pass is then one over
+                the whole document, since a call serves one pass.
         """
-        ids, targets = ids.to(self._model.device)[None], targets.to(self._model.device)
+        ids, targets = ids.to(self._model.device), targets.to(self._model.device)
+        chunk = self._chunk or len(ids)
+        if arguments or chunk >= len(ids):
+            return self._part(ids, targets, use_cache=False, **arguments)[0]
+        losses, cache = [], None
+        for part, goal in zip(ids.split(chunk), targets.split(chunk), strict=True):
+            found, cache = self._part(part, goal, use_cache=True, past_key_values=cache)
+            losses.append(found)
+        return torch.cat(losses)
+
+    def _part(self, ids: Tensor, targets: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+        """(N,) float32 losses of tokens behind what the cache holds, and the cache."""
         if not self._plain:
-            logits = self._model(input_ids=ids, use_cache=False, **arguments).logits[0]
-            return functional.cross_entropy(logits.float(), targets, reduction="none")
+            output = self._model(input_ids=ids[None], **arguments)
+            losses = functional.cross_entropy(output.logits[0].float(), targets, reduction="none")
+            return losses, output.past_key_values
         head = self._model.get_output_embeddings()
-        hidden = self._hidden(ids, arguments)[0]
-        parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        losses = [
+        output = self._model.get_decoder()(input_ids=ids[None], **arguments)
+        parts = zip(output.last_hidden_state[0].split(CHUNK), targets.split(CHUNK), strict=True)
+        every = [
             functional.cross_entropy(head(part).float(), goal, reduction="none")
             for part, goal in parts
         ]
-        return torch.cat(losses)
-
-    def _hidden(self, ids: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """(1, N, hidden width) after the final norm."""
-        decoder = self._model.get_decoder()
-        return decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state
+        return torch.cat(every), output.past_key_values
 
 
 def bucket(place: int) -> tuple[int, int]:

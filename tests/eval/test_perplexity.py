@@ -1,7 +1,11 @@
-"""Losses by position in the document: sums agree with the whole, pairs with the row; old folders do."""
+"""Losses by position in the document: sums agree with the whole, pairs with the row; old folders do.
+
+A document that is read in chunks has the losses of one that is read whole, in every arm.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -10,7 +14,11 @@ import pytest
 import torch
 
 from dense2sparse.eval import perplexity
+from dense2sparse.eval.arms import ArmRun
+from dense2sparse.eval.models import attending
 from dense2sparse.eval.perplexity import LossMeter, bucket, change_pct, measure, summarise
+from dense2sparse.model import convert
+from dense2sparse.recipes.schema import Sparsity
 
 
 def row_of(*lengths: int) -> SimpleNamespace:
@@ -98,3 +106,64 @@ def test_folder_of_an_earlier_version_has_sums_only(tmp_path):
     found = summarise(tmp_path, 1)
     assert found["perplexity"] == pytest.approx(math.exp(3)) and "positions" not in found
     assert change_pct(found, found).record()["by_position"] == []
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_model):
+    """Every layer selects 3 of up to 13 blocks of 16 tokens."""
+    row = SimpleNamespace(
+        input_ids=torch.randint(2, 900, (1, 64)),
+        position_ids=torch.arange(64)[None],
+        document_ids=torch.zeros(1, 64, dtype=torch.int32),
+    )
+    sparsity = Sparsity(block_size=16, top_k=3, index_dim=16, dense_layers=[], init="random")
+    return convert.convert(copy.deepcopy(tiny_model), sparsity, [row]).eval()
+
+
+@pytest.mark.parametrize("chunk", [16, 40, 300])
+@pytest.mark.parametrize(
+    "label", ["original_dense", "converted_dense", "converted_sparse-k3", "converted_oracle-k3"]
+)
+def test_losses_of_a_document_do_not_depend_on_the_chunk(tiny_model, converted, label, chunk):
+    run = ArmRun.parse(label)
+    model = tiny_model if run.arm == "original_dense" else converted
+    row = row_of(201, 5, 17)  # 201: the last chunk of 40 is one token long
+    with attending(model, run):
+        whole = LossMeter(model).by_position(row)
+        found = LossMeter(model, chunk).by_position(row)
+    assert [tokens for _, tokens in found] == [tokens for _, tokens in whole]
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in whole], rel=1e-5)
+
+
+def test_budget_of_the_sparse_arm_is_felt_by_the_document_of_the_chunk_tests(converted):
+    row = row_of(201)
+    losses = []
+    for run in (ArmRun("converted_dense"), ArmRun("converted_sparse", 3)):
+        with attending(converted, run):
+            losses.append(LossMeter(converted, 40).row(row)[0])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_no_pass_holds_more_than_a_chunk_of_tokens_or_logits(tiny_model, monkeypatch, scaled):
+    """`scaled`: a family whose logits come from its own forward pass."""
+    sizes: dict[str, list[int]] = {"read": [], "logits": []}
+    seen = [
+        tiny_model.model.embed_tokens.register_forward_hook(
+            lambda module, given, out: sizes["read"].append(out.shape[1])
+        ),
+        tiny_model.lm_head.register_forward_hook(
+            lambda module, given, out: sizes["logits"].append(out.numel() // out.shape[-1])
+        ),
+    ]
+    row = row_of(150)
+    try:
+        meter = LossMeter(tiny_model, 32)
+        monkeypatch.setattr(meter, "_plain", not scaled)
+        found = meter.row(row)
+        assert found == pytest.approx(LossMeter(tiny_model, 150).row(row), rel=1e-5)
+    finally:
+        for hook in seen:
+            hook.remove()
+    chunks = [32, 32, 32, 32, 22]
+    assert sizes["read"][2:7] == chunks and sizes["logits"][2:7] == chunks
