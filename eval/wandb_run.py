@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,14 +79,15 @@ def start_wandb(
 
 
 class WandbRun:
-    """A started run. What fails from here on is told once, and the numbers stay in the files alone.
+    """A started run. What fails from here on is told once and ends nothing: the files have every number.
 
-    wandb's own process waits for a lost network and never hinders this one. But where that process is
-    gone (killed for memory, disk full) each call raises, and hours of work must not end with it.
+    wandb's own process keeps points until a lost network is back. But artifacts ask the server first, and
+    where that process is gone (killed for memory, disk full) every call raises.
     """
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        self._warned = False
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Record one point; `tokens` is among the values."""
@@ -138,23 +138,18 @@ class WandbRun:
         import wandb
 
         self._attempt(lambda run: run.finish(exit_code=1 if failed else 0))
-        self._run = None
         # `finish` may return before wandb's own process has written the file; this waits for it.
-        # Where that process is gone, which has been told, this forgets it.
-        with suppress(Exception):
-            wandb.teardown()
+        self._attempt(lambda run: wandb.teardown())
 
     def _attempt(self, send: Callable[[Any], None]) -> None:
-        if self._run is None:
-            return
         try:
             send(self._run)
         except Exception as error:  # wandb's errors have no common class, and none may end a run
-            self._run = None
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            print(
-                f"warning: wandb failed ({said}) and gets nothing more; "
-                "every number is in the run's folder",
-                file=sys.stderr,
-                flush=True,
-            )
+            if not self._warned:
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                print(
+                    f"warning: wandb failed ({said}); every number is in the run's folder",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._warned = True
