@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 24, 14, 46
 _COLOURS = 8
 
 
@@ -107,7 +107,7 @@ def interval_chart(bars: Sequence[Bar], *, x_label: str, mark: float | None = No
     ends = [0.0, *(bar.low for bar in bars), *(bar.high for bar in bars)]
     ends += [] if mark is None else [mark]
     low, high = padded(min(ends), max(ends))
-    left, row = min(250, 24 + 7 * max(len(bar.name) for bar in bars)), 26
+    left, row = min(300, 16 + 9 * max(len(bar.name) for bar in bars)), 26
     height = row * len(bars) + 44
     span = WIDTH - left - _RIGHT
 
@@ -207,7 +207,7 @@ def _axes(frame: _Frame, x_label: str, y_label: str, places: Sequence[float] | N
             shown = f"{tick / 1024:g}K" if places and tick % 1024 == 0 else number(tick)
             parts.append(
                 f'<text class="tick" text-anchor="middle" x="{frame.x(tick):.1f}" '
-                f'y="{HEIGHT - _BOTTOM + 16}">{shown}</text>'
+                f'y="{HEIGHT - _BOTTOM + 18}">{shown}</text>'
             )
     middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
     parts.append(

@@ -164,7 +164,7 @@ def to_markdown(page: Page) -> str:
     for place, line in enumerate(page.verdict):
         lines += [f"**{line}**" if not place else line, ""]
     lines += [
-        f"- {card.label}: **{card.figure}**" + (f" ({card.detail})" if card.detail else "")
+        f"- **{card.figure}** {card.label}" + (f" ({card.detail})" if card.detail else "")
         for card in page.cards
     ]
     for block in page.lead:
@@ -204,7 +204,7 @@ def _html(block: Block) -> str:
 def _html_table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     rows = "".join(f"<tr>{_html_row(row)}</tr>" for row in table.rows)
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    caption = f"<caption><span>{escape(table.caption)}</span></caption>" if table.caption else ""
     names = " ".join(
         [
             "scroll",
@@ -271,7 +271,8 @@ def _markdown(block: Block) -> list[str]:
         )
         return [f"{block.summary}:", "", "```", _fenced(text), "```"]
     rows = [[_plain(cell) for cell in row] for row in block.rows]
-    lines = [f"{block.caption}", ""] if block.caption else []
+    caption = ": ".join(part for part in (block.fold, block.caption) if part)
+    lines = [caption, ""] if caption else []
     lines.append("| " + " | ".join(block.columns) + " |")
     lines.append("|" + "---|" * len(block.columns))
     return lines + [

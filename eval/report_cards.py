@@ -13,7 +13,6 @@ from .report_arithmetic import dense_per_token, shape_of, sparse_per_token
 from .report_blocks import Block, Card, Chart
 from .report_data import RunFiles, duration
 from .report_words import (
-    LETTERS,
     length_name,
     listed,
     main_budget,
@@ -28,6 +27,10 @@ from .report_words import (
 
 _COLOURS = {"non-inferior": 4, "undecided": 5, "inferior": 1}
 """Of a bar, by what its interval says of the margin, as places in the palette."""
+_FIRST = {
+    "original_dense": "the original model (A)",
+    "converted_dense": "the converted model with full attention (B)",
+}
 
 
 def cards(run: RunFiles) -> list[Card]:
@@ -46,7 +49,7 @@ def lead(run: RunFiles) -> list[Block]:
         pair = main_pair(result, main_budget(run, result))
         if pair is None:
             continue
-        first.add(" ".join(LETTERS[pair["first"]]))
+        first.add(_FIRST[pair["first"]])
         name = "LongBench" if kind == "longbench" else "RULER"
         name = ruler_name(measured_tasks(result)) if kind == "ruler" and several else name
         for where, entry in _entries(kind, pair):
@@ -54,7 +57,7 @@ def lead(run: RunFiles) -> list[Block]:
             bars.append(Bar(name + where, lost["estimate"], lost["low"], lost["high"], colour))
     if len(bars) < 2:
         return []
-    caption = f"Points of 100 that are lost from {listed(sorted(first))} to C converted, sparse"
+    caption = f"Points of 100 lost from {listed(sorted(first))} to the converted, sparse one (C)"
     margin = results[0][1].get("margin")
     if margin is not None:
         caption += (

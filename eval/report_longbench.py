@@ -121,7 +121,7 @@ def _causes(result: dict[str, Any]) -> list[Block]:
         return []
     pairs = entries[0][1]["lost"]["samples"]
     caption = (
-        f"LongBench: points lost, mean over tasks, with 95 % intervals from {pairs} paired answers; "
+        f"LongBench: points lost, mean over tasks, with 95 % intervals from {pairs:,} paired answers; "
         "positive is worse"
     )
     return costs(found, caption, "points that are lost, LongBench")

@@ -39,7 +39,8 @@ def ruler_section(run: RunFiles) -> Section:
     """Every RULER stage; causes and examples of those that measured the newest weights."""
     intro = (
         "Four arms answer the same prompts: A the checkpoint as it was, B its converted weights with full "
-        "attention, D with the best k blocks by true attention mass, C with the blocks of the index branch."
+        "attention, D with the k best blocks by true attention mass, C with the k blocks that the index "
+        "branch chooses."
     )
     section = Section("RULER", intro=intro)
     final = run.final("ruler")
@@ -224,7 +225,7 @@ def _own_words(result: dict[str, Any]) -> str:
     said = (
         "The last three columns are RULER's own figures (arXiv 2404.06654): averages that weigh the "
         "longest (inc) or the shortest length (dec) most, and the longest length up to which every mean "
-        f"is at least {EFFECTIVE} (the longest measured: or more)."
+        f"is at least {EFFECTIVE}."
     )
     lacks = []
     if result.get("corpus") != "nvidia":
@@ -249,7 +250,7 @@ def _causes(result: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     for place, found in places.items():
         caption = (
-            f"{name}: points lost at {place}, with 95 % intervals from {pairs[place]} paired "
+            f"{name}: points lost at {place}, with 95 % intervals from {pairs[place]:,} paired "
             "answers; positive is worse"
         )
         blocks += costs(found, caption, f"points that are lost, {name}, {place}")

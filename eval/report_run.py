@@ -10,7 +10,7 @@ from .charts import Series, line_chart
 from .report_blocks import Cell, Chart, Details, Section, Table, Text
 from .report_data import RunFiles, duration
 from .report_longbench import missing_tasks
-from .report_words import arm_name, listed, measured_tasks
+from .report_words import arm_name, listed, measured_tasks, ruler_name
 
 NAMES = {
     "probe": "the oracle probe",
@@ -27,8 +27,8 @@ _CURVES = (
     ),
     ("KL between index branch and attention", "nats", (("train/loss_kl", "KL"),)),
     (
-        "Learned coverage on held-out rows",
-        "share of what the oracle adds",
+        "Learned coverage on held-out rows, of what the oracle finds",
+        "share",
         (
             ("index/learned_coverage_mean", "mean over layers"),
             ("index/learned_coverage_min", "worst layer"),
@@ -49,7 +49,7 @@ _PROBE = (
 
 
 def training_section(run: RunFiles) -> Section:
-    """Curves against training tokens."""
+    """Curves against training tokens, and where they stood at the end of each stage."""
     section = Section("Training")
     begins: dict[int, tuple[float, str]] = {}
     for record in run.metrics:
@@ -57,28 +57,40 @@ def training_section(run: RunFiles) -> Section:
             begins.setdefault(record["stage_index"], (float(record["tokens"]), record["stage"]))
     trained = dict(run.training_stages())
     marks = [mark for number, mark in sorted(begins.items()) if number in trained]
-    for title, unit, lines in _CURVES:
+    tasks = sorted({name for record in run.metrics for name in record if name.startswith("probe/")})
+    probe = (_PROBE, "score", tuple((name, name.removeprefix("probe/")) for name in tasks))
+    rows: list[list[Cell | str]] = []
+    for title, unit, lines in (*_CURVES, probe):
         series = [
             Series(name, points, colour)
             for colour, (metric, name) in enumerate(lines)
             if (points := run.series(metric))
         ]
-        chart = line_chart(series, x_label="training tokens", y_label=unit, marks=marks)
+        ends = (0.0, 100.0) if unit == "score" else None
+        chart = line_chart(
+            series, x_label="training tokens", y_label=unit, marks=marks, y_range=ends
+        )
         if chart:
             section.blocks.append(Chart(chart, title, half=True))
-    tasks = sorted({name for record in run.metrics for name in record if name.startswith("probe/")})
-    series = [
-        Series(name.removeprefix("probe/"), run.series(name), colour)
-        for colour, name in enumerate(tasks, start=1)
-    ]
-    chart = line_chart(
-        series, x_label="training tokens", y_label="score", marks=marks, y_range=(0.0, 100.0)
-    )
-    if chart:
-        section.blocks.append(Chart(chart, _PROBE, half=True))
+        for metric, name in lines:
+            cells = [_ends(run, metric, number) for number in trained]
+            if any(cells):
+                rows.append([Cell(metric, small=name), *cells])
+    if rows:
+        caption = "Last value of each training stage, below it the first"
+        section.blocks.append(Table(["measure", *trained.values()], rows, caption))
     if not run.metrics:
         section.blocks.append(Text("No metrics.jsonl: this run trained nothing yet.", "warn"))
     return section
+
+
+def _ends(run: RunFiles, metric: str, stage_index: int) -> Cell | str:
+    values = [
+        record[metric]
+        for record in run.metrics
+        if metric in record and record.get("stage_index") == stage_index
+    ]
+    return Cell(f"{values[-1]:.4g}", small=f"{values[0]:.4g}") if values else ""
 
 
 def outputs_section(run: RunFiles) -> Section:
@@ -129,18 +141,12 @@ def missing_section(run: RunFiles) -> Section:
         command = "`dense2sparse lm-eval RUN_DIR --tasks ...` has not been run"
         section.blocks.append(Text(f"Not measured: short tasks of lm-eval ({command})."))
     for ruler in run.final("ruler"):
-        tasks = ", ".join(measured_tasks(ruler)) or "no task"
-        wide = (
-            " are wide; read them, not the points"
-            if ruler["samples"] < 100
-            else " say what that is worth"
+        name, samples = ruler_name(measured_tasks(ruler)), ruler["samples"]
+        worth = (
+            "say what that is worth" if samples >= 100 else "are wide; read them, not the points"
         )
-        section.blocks.append(
-            Text(
-                f"RULER, {tasks}: {ruler['label']}. With {ruler['samples']} prompts a task, "
-                f"intervals{wide}."
-            )
-        )
+        words = f"{name}: {ruler['label']}. With {samples} prompts a task, intervals {worth}."
+        section.blocks.append(Text(words))
         absent = [task for task in RULER_TASKS if task not in measured_tasks(ruler)]
         if absent:
             section.blocks.append(Text(f"Not part of these means: {', '.join(absent)}."))

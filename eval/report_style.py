@@ -33,11 +33,12 @@ a { color: var(--c2); text-decoration: none } a:hover { text-decoration: underli
   border-radius: 10px }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums }
 caption { caption-side: top; text-align: left; color: var(--muted); padding: 10px 14px 4px;
-  font-size: 13px }
+  font-size: 13px } caption span { display: block; max-width: calc(100vw - 56px) }
 th, td { padding: 7px 14px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
 tbody tr:last-child > * { border-bottom: 0 }
 th:first-child { text-align: left } tbody th { font-weight: 500; white-space: nowrap }
 thead th { color: var(--muted); font-weight: 500; vertical-align: bottom }
+thead th:nth-child(2):last-child { text-align: left }
 td:only-of-type { text-align: left; overflow-wrap: anywhere }
 td small, tbody th small { display: block; font-weight: 400; color: var(--muted); font-size: 12px;
   white-space: nowrap }
@@ -49,7 +50,8 @@ td small, tbody th small { display: block; font-weight: 400; color: var(--muted)
 .grid td { border: 2px solid var(--panel); padding: 7px 4px } .grid th:first-child { width: 158px }
 .grid.half th:first-child { width: 140px } .grid.half { font-size: 13px }
 .many table { font-size: 13px } .many th, .many td { padding: 6px 7px }
-.many td small, .many tbody th small { font-size: 11px } .many tbody th small { white-space: normal }
+.many td small, .many tbody th small { font-size: 11px }
+.many tbody th, .many tbody th small { white-space: normal }
 section > p { margin: 5px 0 } section > .intro { color: var(--muted); margin: 0 0 6px; max-width: 78ch }
 h3 { font-size: 16px; margin: 22px 0 2px }
 .flip { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px;
@@ -79,15 +81,22 @@ pre { overflow-x: auto; white-space: pre-wrap; background: var(--panel); border:
   border-radius: 10px; padding: 12px 14px; font-size: 12.5px; line-height: 1.5 }
 @media print { :root { color-scheme: light } body { font-size: 11px; background: #fff }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  nav { display: none } h2, h3 { break-after: avoid } .scroll, figure, .card { break-inside: avoid }
-  main { max-width: none; padding: 0 } .scroll { overflow: visible }
+  .moot { background-image: none } nav { display: none } h2, h3, .intro { break-after: avoid }
+  .scroll, figure, .card { break-inside: avoid }
+  main { max-width: none; padding: 0 } .scroll { overflow: visible } caption span { max-width: none }
   section { display: block } section > .half { display: inline-block; width: 49%; vertical-align: top }
   table, .grid.half { font-size: 10px } th, td { padding: 3px 6px } caption { font-size: 10px }
+  .many table { font-size: 9px } .many th, .many td { padding: 3px 4px }
   td small, tbody th small { font-size: 9px } tbody th, td small { white-space: normal }
+  .many td small, .many tbody th small { font-size: 8px }
+  .verdict p, figcaption, .legend, .warn, details { font-size: 10px }
   .verdict p:first-child { font-size: 15px } .card b { font-size: 19px } .card span { font-size: 11px }
   .card small { font-size: 10px } h1 { font-size: 22px } h2 { font-size: 16px; margin-top: 22px }
-  .grid th:first-child, .grid.half th:first-child { width: 104px } .sides q { font-size: 10px } }
+  h3 { font-size: 13px } .grid th:first-child, .grid.half th:first-child { width: 104px }
+  .sides q { font-size: 10px } }
 @media (max-width: 700px) { section { grid-template-columns: minmax(0, 1fr) }
   main { padding: 24px 12px } th, td { padding: 6px 8px } h1 { font-size: 24px }
-  tbody th { white-space: normal } .sides { grid-template-columns: 1fr } }
+  .grid table { table-layout: auto } .verdict p:first-child { font-size: 17px }
+  figure { padding: 10px 8px } svg { font-size: 15px }
+  tbody th { white-space: normal; min-width: 112px } .sides { grid-template-columns: 1fr } }
 """

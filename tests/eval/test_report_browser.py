@@ -16,7 +16,7 @@ import pytest
 
 from dense2sparse.eval.report import write_report
 
-WRITE = runpy.run_path(str(Path(__file__).with_name("report_run.py")))["write"]
+MADE_UP = runpy.run_path(str(Path(__file__).with_name("report_run.py")))
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(
@@ -24,15 +24,24 @@ pytestmark = pytest.mark.skipif(
 )
 MEASURE = (
     "<script>document.title = [document.documentElement.scrollWidth, innerWidth,"
-    "document.querySelectorAll('svg').length, getComputedStyle(document.body).backgroundColor].join()"
+    "document.querySelectorAll('svg').length,"
+    "[...document.querySelectorAll('.scroll')].filter(x => x.scrollWidth > x.clientWidth + 1).length,"
+    "getComputedStyle(document.body).backgroundColor].join()"
     "</script></body>"
 )
 
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
-    folder = WRITE(tmp_path_factory.mktemp("browser"), samples=6)
+    folder = MADE_UP["write"](tmp_path_factory.mktemp("browser"), samples=6)
     return write_report(folder)["html"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """All of RULER's tasks at six lengths."""
+    folder = tmp_path_factory.mktemp("large")
+    return write_report(MADE_UP["write"](folder, samples=2, **MADE_UP["LARGE"]))["html"]
 
 
 @pytest.fixture()
@@ -58,23 +67,28 @@ def browse(tmp_path):
 
 
 def measured(browse, tmp_path, html, *options):
-    """scroll width, window width, number of charts, background; and console messages."""
+    """Widths of page and window, numbers of charts and of cut tables, background, console messages."""
     page = tmp_path / "measured.html"
     page.write_text(html.read_text(encoding="utf-8").replace("</body>", MEASURE), encoding="utf-8")
     dom, messages = browse(page, "--dump-dom", *options)
-    title = re.search(r"<title>(\d+),(\d+),(\d+),(.*?)</title>", dom)
+    title = re.search(r"<title>(\d+),(\d+),(\d+),(\d+),(.*?)</title>", dom)
     assert title, "the page did not load"
-    return *map(int, title.groups()[:3]), title[4], messages
+    return *map(int, title.groups()[:4]), title[5], messages
 
 
 @pytest.mark.parametrize("width", [1180, 520])
 def test_page_renders_without_console_messages_at_any_width(browse, tmp_path, html, width):
-    wide, window, charts, _, messages = measured(
+    wide, window, charts, _, _, messages = measured(
         browse, tmp_path, html, f"--window-size={width},900"
     )
     assert messages == []
     assert wide <= window, "something is wider than the window"
     assert charts >= 10
+
+
+def test_no_table_of_a_large_report_has_to_be_scrolled_on_a_desk(browse, tmp_path, large):
+    wide, window, _, cut, _, messages = measured(browse, tmp_path, large, "--window-size=1180,900")
+    assert (messages, cut) == ([], 0) and wide <= window
 
 
 def test_broken_chart_would_be_noticed(browse, tmp_path):
@@ -85,8 +99,8 @@ def test_broken_chart_would_be_noticed(browse, tmp_path):
 
 
 def test_page_follows_the_dark_scheme(browse, tmp_path, html):
-    light = measured(browse, tmp_path, html)[3]
-    dark = measured(browse, tmp_path, html, "--blink-settings=preferredColorScheme=0")[3]
+    light = measured(browse, tmp_path, html)[4]
+    dark = measured(browse, tmp_path, html, "--blink-settings=preferredColorScheme=0")[4]
     assert {light, dark} == {"rgb(251, 250, 247)", "rgb(20, 23, 26)"}
 
 
