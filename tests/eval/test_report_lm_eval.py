@@ -90,7 +90,8 @@ def test_csv_has_scores_errors_and_differences(made):
     "change",
     [
         {"answers": {}},
-        {"answers": {"arc_easy": {"prompts": "other", "scores": {"acc,none": {"0": 1.0}}}}},
+        {"answers": {"arc_easy": {"prompts": "feed", "scores": {"acc,none": {"0": 0.64}}}}},
+        {"answers": {"arc_easy": {**content(C)["answers"]["arc_easy"], "prompts": "other"}}},
     ],
 )
 def test_without_the_same_answered_questions_a_difference_is_called_unpaired(made, change):
