@@ -105,6 +105,7 @@ def run_perplexity(ctx: EvalContext, stage: PerplexityStage) -> dict[str, Any]:
                 folders[run.label],
                 rank=ctx.rank,
                 world_size=ctx.world_size,
+                prefill_chunk=ctx.recipe.execution.prefill_chunk,
                 progress=ctx.teller(f"perplexity {run.label}"),
             )
     models.release()

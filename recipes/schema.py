@@ -221,8 +221,8 @@ class Execution(Section):
     """Blocks are scored in the model's own precision, or in fp8 with a factor a key block, which may select
     other blocks; a result says so."""
     prefill_chunk: int | None = Field(None, ge=1)
-    """Tokens of a prompt that evaluation reads at a time; default the whole prompt. Same answers up to
-    rounding, less memory: activations grow with the chunk, not with the prompt."""
+    """Tokens of a prompt, or of a document of the perplexity stage, that are read at a time; default all of
+    it. Same results up to rounding, less memory: activations grow with the chunk, not with the prompt."""
     debug: bool = False
     """Look at every block id before it is used; waits for the device in every layer."""
 
@@ -317,11 +317,11 @@ class Recipe(Section):
                 f"execution.prefill_chunk={chunk} is shorter than one block: use at least "
                 f"sparsity.block_size={block}"
             )
-        answering = ("ruler", "longbench")
-        if not any(s.kind in answering or getattr(s, "needles", 0) for s in self.stages):
+        reading = ("ruler", "longbench", "perplexity")
+        if not any(s.kind in reading or getattr(s, "needles", 0) for s in self.stages):
             raise ValueError(
-                f"execution.prefill_chunk={chunk} has no effect: no stage answers prompts (ruler, "
-                "longbench, or probe with needles); remove it"
+                f"execution.prefill_chunk={chunk} has no effect: no stage reads prompts or long documents "
+                "(ruler, longbench, perplexity, or probe with needles); remove it"
             )
         return self
 

@@ -81,6 +81,7 @@ def _read(recipe: Any, original: Path) -> tuple[Sizes, Any, int | None]:
     """Sizes of the converted model, the tokenizer and the model's window, without the weights."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from ..model.original import check_rows, positions
     from ..model.source import check_tokenizer
     from .sizes import converted_sizes
     from .start import read_part
@@ -88,7 +89,8 @@ def _read(recipe: Any, original: Path) -> tuple[Sizes, Any, int | None]:
     config = read_part(f"the config of {original}", AutoConfig.from_pretrained, original)
     tokenizer = read_part(f"the tokenizer of {original}", AutoTokenizer.from_pretrained, original)
     check_tokenizer(tokenizer, config)
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    window = positions(config)["window"]
+    check_rows(recipe, window)
     return converted_sizes(config, recipe.sparsity, name=str(original)), tokenizer, window
 
 

@@ -167,12 +167,13 @@ def test_smallest_budget_that_leaves_a_choice_is_accepted(tmp_path: Path) -> Non
     assert "use at least 3" in refusal(tmp_path, "sparsity.init_blocks=1", "stages.3.top_k=[2]")
 
 
-def test_a_chunk_of_prompts_needs_a_stage_with_prompts(tmp_path: Path) -> None:
+def test_a_chunk_needs_a_stage_that_reads_prompts_or_documents(tmp_path: Path) -> None:
     chunk = "execution.prefill_chunk=64"
     sentence = refusal(tmp_path, chunk, "stages=[{kind: probe}, {kind: report}]")
-    assert "execution.prefill_chunk=64 has no effect: no stage answers prompts" in sentence
-    needles = "stages=[{kind: probe, needles: 2}]"
-    assert load(tmp_path / "recipe.yaml", [chunk, needles]).execution.prefill_chunk == 64
+    assert "execution.prefill_chunk=64 has no effect: no stage reads prompts" in sentence
+    for stage in ("{kind: probe, needles: 2}", "{kind: perplexity}"):
+        recipe = load(tmp_path / "recipe.yaml", [chunk, f"stages=[{stage}]"])
+        assert recipe.execution.prefill_chunk == 64
 
 
 def test_recipe_and_evaluation_know_the_same_ruler_tasks_and_lengths(tmp_path: Path) -> None:

@@ -214,8 +214,17 @@ def test_preflight_reads_heldout_rows_of_each_stage_length(make_recipe, tmp_path
     assert preflight.main(arguments) == 0
     text = capsys.readouterr().out
     assert "3 rows of 128 tokens read" in text and "3 rows of 256 tokens read" in text
-    assert preflight.main([*arguments, "stages.1.row_len=8192"]) == 2
-    assert "3 rows of 8192 need" in capsys.readouterr().err
+    assert preflight.main([*arguments, "train.measure_rows=9999"]) == 2
+    assert "9999 rows of 128 need" in capsys.readouterr().err
+
+
+def test_preflight_refuses_rows_above_the_window_unless_positions_are_stretched(
+    make_recipe, tmp_path, capsys
+):
+    arguments = [str(make_recipe(tmp_path)), "data.row_len=1024", "train.measure_rows=1"]
+    assert preflight.main(arguments) == 2
+    assert "data.row_len=1024 is above the checkpoint's window of 512" in capsys.readouterr().err
+    assert preflight.main([*arguments, "model.rope={type: yarn, factor: 2}"]) == 0
 
 
 @pytest.mark.parametrize(
