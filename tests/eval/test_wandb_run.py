@@ -36,7 +36,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_lost_network_neither_stops_a_run_nor_holds_its_end_for_hours(tmp_path):
     done = python(tmp_path, str(HERE / "worker_wandb.py"), str(tmp_path))
     took = json.loads(done.stdout.splitlines()[-1])
-    assert took["log_s"] < 0.5 and 0.9 < took["finish_s"] < 20
+    assert took["log_s"] < 0.5 and 0.9 < took["finish_s"] < 10
     assert "warning: wandb failed" not in done.stderr
     (file,) = tmp_path.glob("wandb/run-*-online12/run-online12.wandb")
     assert [point["train/loss_lm"] for point in WANDB_FILE["history"](file)] == [1.0]

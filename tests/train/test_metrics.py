@@ -32,6 +32,8 @@ WANDB_FILE = runpy.run_path(str(Path(__file__).parents[1] / "wandb_file.py"))
         "index/learned_coverage_min",
         "eval/ruler/1k/niah_single_1",
         "eval/perplexity/converted_sparse/k16",
+        "eval/ruler/128k/mean/converted_sparse-k16",
+        "eval/ruler/points_lost/whole_conversion/converted_sparse-k16",
     ],
 )
 def test_declared_names_are_accepted(name):
