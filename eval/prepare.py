@@ -12,8 +12,10 @@ that was killed goes on with the pieces it had not written. Reading checks the c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ def prepare(
         workers: processes; None takes the cores of this machine where the work is worth it.
 
     Raises:
-        ValueError: a stored prompt file was changed, or the tokenizer cannot be used.
+        ValueError: a stored prompt file was changed, the tokenizer cannot be used, or the disk is full.
     """
     identity = {
         "code": code_digest(Path(__file__).parent),
@@ -173,12 +175,21 @@ def _make(
     for piece in pieces:
         left[piece.task, piece.length] += 1
     bar = _Bar(pieces, progress)
-    for piece in make_all(cells, pieces, corpus, tokenizer, options, workers):
-        cell = (piece.task, piece.length)
-        left[cell] -= 1
-        if not left[cell]:
-            _join(cells, [one for one in pieces if (one.task, one.length) == cell])
-        bar.tick(piece)
+    try:
+        for piece in make_all(cells, pieces, corpus, tokenizer, options, workers):
+            cell = (piece.task, piece.length)
+            left[cell] -= 1
+            if not left[cell]:
+                _join(cells, [one for one in pieces if (one.task, one.length) == cell])
+            bar.tick(piece)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"there is no room for the prompts in {cells} ({os.strerror(error.errno)}): make some, or set "
+            f"another output_dir. All that were missing have up to {bar.tokens:,} tokens; the same command "
+            "goes on where it stopped"
+        ) from error
 
 
 def _join(cells: Path, pieces: list[Piece]) -> None:
@@ -224,21 +235,21 @@ class _Bar:
     def __init__(
         self, pieces: Sequence[Piece], progress: Callable[[str], None], every_s: float = 5.0
     ) -> None:
-        self._all = sum(piece.tokens for piece in pieces)
+        self.tokens = sum(piece.tokens for piece in pieces)
         self._samples = sum(piece.last - piece.first for piece in pieces)
         self._done = self._made = 0
         self._progress, self._every_s = progress, every_s
         self._begun = self._said = time.perf_counter()
-        progress(f"prompts: {self._samples} to make, {self._all:,} tokens at most")
+        progress(f"prompts: {self._samples} to make, {self.tokens:,} tokens at most")
 
     def tick(self, piece: Piece) -> None:
         self._done += piece.tokens
         self._made += piece.last - piece.first
         now = time.perf_counter()
-        if now - self._said < self._every_s and self._done < self._all:
+        if now - self._said < self._every_s and self._done < self.tokens:
             return
         self._said = now
-        share = self._done / self._all
+        share = self._done / self.tokens
         filled = round(share * self._WIDTH)
         left_s = (now - self._begun) * (1 - share) / share
         self._progress(

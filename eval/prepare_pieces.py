@@ -10,8 +10,11 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import pickle
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +94,19 @@ def make_all(
             make_one(cells, piece, generator)
             yield piece
         return
-    # Forked children of a process that holds a GPU or threads may hang: start afresh.
-    executor = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(corpus, tokenizer, options),
-    )
-    with executor:
-        try:
-            running = {executor.submit(_work, cells, piece): piece for piece in left}
-            for done in concurrent.futures.as_completed(running):
-                done.result()
-                yield running[done]
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        material = Path(scratch) / "material"
+        material.write_bytes(pickle.dumps((corpus, tokenizer, options)))
+        # Forked children of a process that holds a GPU or threads may hang: start afresh.
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as executor:
+            try:
+                running = {executor.submit(_work, cells, one, material): one for one in left}
+                for done in concurrent.futures.as_completed(running):
+                    done.result()
+                    yield running[done]
+            finally:
+                executor.shutdown(wait=True, cancel_futures=True)
 
 
 def make_one(cells: Path, piece: Piece, generator: Generator) -> None:
@@ -118,14 +119,13 @@ def make_one(cells: Path, piece: Piece, generator: Generator) -> None:
     write_json(piece_path(cells, piece), content)
 
 
-_generators: list[Generator] = []
-"""In a worker process: its generator, made once."""
+def _work(cells: Path, piece: Piece, material: Path) -> None:
+    make_one(cells, piece, _generator(material))
 
 
-def _begin(corpus: Corpus, tokenizer: Any, options: dict[str, Any]) -> None:
+@cache
+def _generator(material: Path) -> Generator:
+    """A process's generator, made once of what the first process left in a file."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _generators.append(Generator(corpus, tokenizer, **options))
-
-
-def _work(cells: Path, piece: Piece) -> None:
-    make_one(cells, piece, _generators[0])
+    corpus, tokenizer, options = pickle.loads(material.read_bytes())
+    return Generator(corpus, tokenizer, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dense2sparse.eval import prepare as prepare_module
-from dense2sparse.eval import prepare_pieces
+from dense2sparse.eval import prepare_pieces, records
 from dense2sparse.eval.prepare import load, prepare
 from dense2sparse.eval.prepare_pieces import pieces_of
 
@@ -166,6 +167,32 @@ def test_preparation_that_was_killed_goes_on_with_the_pieces_that_were_not_there
     )
     assert make(tmp_path, ruler_corpus, tokenizer).samples == prompts.samples
     assert not set(made) & set(again) and len(made) + len(again) == 9
+    assert contents(tmp_path) == contents(prompts.folder.parent)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_disk_is_one_sentence_and_the_next_run_goes_on(
+    tmp_path, monkeypatch, prompts, ruler_corpus, tokenizer, workers
+):
+    """With two processes the first one runs out of room, where it puts a cell together."""
+    module, name = (
+        (prepare_pieces, "write_json") if workers == 1 else (prepare_module, "write_text")
+    )
+    written = []
+
+    def full(path, content):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        getattr(records, name)(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, full)
+        with pytest.raises(ValueError, match="no room for the prompts in .* goes on") as refused:
+            make(tmp_path, ruler_corpus, tokenizer, workers=workers)
+    assert "up to 4,608 tokens" in str(refused.value) and "\n" not in str(refused.value)
+    assert written and not list(tmp_path.glob("prompts-*"))
+    assert make(tmp_path, ruler_corpus, tokenizer).samples == prompts.samples
     assert contents(tmp_path) == contents(prompts.folder.parent)
 
 
