@@ -166,7 +166,7 @@ def _scores(content: Mapping[str, Any]) -> dict[Key, Score]:
             ):
                 samples = {}
             lower = better.get(task, {}).get(name.partition(",")[0]) is False
-            prompts = " ".join(answers[leaf]["prompts"] for leaf in leaves) if samples else ""
+            prompts = " ".join(answers.get(leaf, {}).get("prompts", "") for leaf in leaves)
             found[task, name] = Score(value, stderr, lower, task in parts, samples, prompts)
     return found
 

@@ -59,7 +59,8 @@ def verdict(run: RunFiles) -> Verdict:
         entry = None if pair is None else overall(pair)
         if pair is not None and entry is not None:
             said = _score_line(kind, one, pair, entry)
-            lines = [said, _causes(one, top_k, explain=not told), _prompts(kind, one)]
+            causes = _causes(one, top_k, explain=not told)
+            lines = [said, _moot(pair, entry), causes, _prompts(kind, one)]
             tone = _TONES.get(entry.get("verdict", ""), "")
             told.append(Verdict([line for line in lines if line], [], tone))
     rest = [" ".join(one.head) for one in told[1:]]
@@ -100,7 +101,7 @@ def _score_line(
         points, ends = plain(lost).split(" (")
         said = f"loses {points} points of {what} (95 % interval {ends[:-1]}, {answers})"
     parts = [f"{begin} {said}", _judged(result, entry)]
-    return ", ".join(part for part in parts if part) + "." + _moot(pair, entry)
+    return ", ".join(part for part in parts if part) + "."
 
 
 def _moot(pair: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -110,7 +111,7 @@ def _moot(pair: dict[str, Any], entry: dict[str, Any]) -> str:
     if 2 * moot < cells or not moot:
         return ""
     which = "every one of its cells" if moot == cells else f"{moot} of its {cells} cells"
-    return f" But {which} can hardly show a loss: both arms are below 10 or above 99 there."
+    return f"But {which} can hardly show a loss: both arms are below 10 or above 99 there."
 
 
 def _blocks(result: dict[str, Any]) -> str:
