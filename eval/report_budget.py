@@ -7,7 +7,6 @@ from typing import Any
 from .charts import Series, line_chart, padded
 from .report_arithmetic import dense_per_token, operations, shape_of, sparse_per_token
 from .report_blocks import Block, Cell, Chart, Section, Table
-from .report_cards import scored_results
 from .report_data import RunFiles
 from .report_words import (
     budgets,
@@ -17,6 +16,7 @@ from .report_words import (
     measured_lengths,
     measured_tasks,
     ruler_name,
+    scored_results,
     signed,
     span,
 )

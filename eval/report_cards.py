@@ -21,6 +21,7 @@ from .report_words import (
     measured_tasks,
     overall,
     ruler_name,
+    scored_results,
     signed,
     span,
 )
@@ -66,17 +67,6 @@ def lead(run: RunFiles) -> list[Block]:
         )
     chart = interval_chart(bars, x_label="points lost, with 95 % intervals", mark=margin)
     return [Chart(chart, f"{caption}.")]
-
-
-def scored_results(run: RunFiles) -> list[tuple[str, dict[str, Any]]]:
-    """(kind, result) of RULER and LongBench, the one over most tasks of RULER first."""
-    found = [
-        (kind, one)
-        for kind in ("ruler", "longbench")
-        for one in run.final(kind)
-        if kind == "ruler" or one.get("measured")
-    ]
-    return sorted(found, key=lambda one: (one[0] != "ruler", -len(measured_tasks(one[1]))))
 
 
 def _entries(kind: str, pair: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

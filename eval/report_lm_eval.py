@@ -117,7 +117,7 @@ def lm_eval_groups(run: RunFiles) -> list[Alike]:
     for (_, checkpoint), files in found.items():
         arms: dict[str, dict[Key, Score]] = {}
         for one in sorted(files, key=lambda one: (one["arm"] != "original_dense", one["arm"])):
-            arms.setdefault(one["arm"], {}).update(_scores(one))
+            arms.setdefault(one["arm"], {}).update(scores_of(one))
         several = f", checkpoint {checkpoint[:12]}" if checkpoint and len(checkpoints) > 1 else ""
         groups.append(Alike(_words(files[0]) + several, arms))
     return groups
@@ -146,7 +146,7 @@ def _same_prompts(first: Score, second: Score) -> bool:
     return bool(first.samples) and first.prompts == second.prompts
 
 
-def _scores(content: Mapping[str, Any]) -> dict[Key, Score]:
+def scores_of(content: Mapping[str, Any]) -> dict[Key, Score]:
     """Scores of one file; samples only where their mean is the score."""
     members = content.get("group_subtasks") or {}
     parts = {task for tasks in members.values() for task in tasks}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipes.stages import RULER_TASKS
-from .report_cards import scored_results
 from .report_data import RunFiles
 from .report_words import (
     MEANINGS,
@@ -25,6 +24,7 @@ from .report_words import (
     plain,
     reach,
     ruler_name,
+    scored_results,
     signed,
     span,
     start_name,

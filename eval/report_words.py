@@ -173,6 +173,17 @@ def measured_lengths(result: dict[str, Any]) -> list[str]:
     return sorted(found, key=int)
 
 
+def scored_results(run: RunFiles) -> list[tuple[str, dict[str, Any]]]:
+    """(kind, result) of RULER and LongBench, the one over most tasks of RULER first."""
+    found = [
+        (kind, one)
+        for kind in ("ruler", "longbench")
+        for one in run.final(kind)
+        if kind == "ruler" or one.get("measured")
+    ]
+    return sorted(found, key=lambda one: (one[0] != "ruler", -len(measured_tasks(one[1]))))
+
+
 def ruler_name(tasks: Sequence[str]) -> str:
     """One task by its name, a few as the mean that a figure is of, many by their number."""
     if len(tasks) == 1:

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from dense2sparse.eval.report import main, write_report
-from dense2sparse.eval.report_lm_eval import Score, _scores, lost
+from dense2sparse.eval.report_lm_eval import Score, lost, scores_of
 from dense2sparse.eval.statistics import paired_bootstrap
 
 A, B, C = "original_dense", "converted_dense", "converted_sparse-k16"
@@ -105,8 +105,8 @@ def test_samples_whose_mean_is_not_the_score_make_no_pairs():
     """A corpus-level metric may log a value a sample all the same."""
     odd = content(B)
     odd["results"]["arc_easy"] = {"acc,none": 0.5, "acc_stderr,none": 0.05}
-    assert _scores(odd)["arc_easy", "acc,none"].samples == {}
-    assert len(_scores(odd)["mmlu", "acc,none"].samples) == 2 * QUESTIONS
+    assert scores_of(odd)["arc_easy", "acc,none"].samples == {}
+    assert len(scores_of(odd)["mmlu", "acc,none"].samples) == 2 * QUESTIONS
 
 
 def test_a_loss_is_positive_also_where_less_is_better():
