@@ -196,7 +196,8 @@ def set_up(options: argparse.Namespace) -> Original:
     _word_list(folder / ENGLISH_WORDS, options.cache_dir / "ruler" / ENGLISH_WORDS)
     if not (scratch / "site").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-        subprocess.run([*pip, str(scratch / "site"), *NEEDED], check=True)
+        subprocess.run([*pip, str(scratch / "site.part"), *NEEDED], check=True)
+        (scratch / "site.part").rename(scratch / "site")
     return Original(scratch, options.tokenizer.resolve(), options.timeout_s)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import runpy
 import zipfile
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from dense2sparse.eval.ruler_punkt import PunktModel, sentences
 from dense2sparse.eval.ruler_tasks import TASKS
 from dense2sparse.eval.sources import PUNKT_WHEEL, SourceUnavailable, fetch_wheel
 
-CACHE = Path(__file__).parents[2] / ".cache" / "dense2sparse"
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache" / "dense2sparse"
+PARITY = runpy.run_path(str(ROOT / "benchmarks" / "ruler_parity.py"))
+"""The command that compares with NVIDIA's scripts themselves."""
 GOLDEN = {
     "niah_single_1": "caaa0138183c",
     "niah_single_2": "9508b28c0508",
@@ -143,6 +147,61 @@ def test_few_samples_are_the_first_of_many_and_other_tasks_change_none(published
 )
 def test_sentences_end_where_punkt_ends_them(text, wanted):
     assert sentences(text, MODEL) == wanted
+
+
+TOY_SCRIPT = """
+import json, pathlib, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert given["--max_seq_length"] == "700" and given["--num_needle_k"] == "4", "other arguments"
+out = pathlib.Path(given["--save_dir"]) / given["--save_name"] / "validation.jsonl"
+out.parent.mkdir(parents=True, exist_ok=True)
+record = {"input": given["--template"], "answer_prefix": " So:", "outputs": ["a"]}
+out.write_text(json.dumps(record) + "\\n")
+"""
+
+
+@pytest.fixture()
+def toy_original(tmp_path):
+    """The parity command on a script that writes what it was told."""
+    folder = tmp_path / "data" / "synthetic"
+    folder.mkdir(parents=True)
+    (tmp_path / "synthetic.yaml").write_text("vt: {task: toy, args: {num_needle_k: 4}}")
+    words = {"toy": {"template": "Ask", "answer_prefix": " and say", "tokens_to_generate": 3}}
+    (folder / "constants.py").write_text(f"TASKS = {words}")
+    (folder / "toy.py").write_text(TOY_SCRIPT)
+    return PARITY["Original"](tmp_path, tmp_path, timeout_s=60)
+
+
+def test_parity_command_reads_the_prompts_that_a_script_writes(toy_original):
+    assert toy_original.prompts("vt", 700, 1) == ['Ask and say So:["a"]']
+    with pytest.raises(RuntimeError, match="the original failed: AssertionError: other arguments"):
+        toy_original.prompts("vt", 701, 1)
+
+
+def test_parity_command_tells_the_first_difference():
+    difference = PARITY["first_difference"]
+    assert difference(["same", "some"], ["same", "some"]) is None
+    assert "DIFFERS in sample 1 of 4 and 5 characters at 2: 'me'" in difference(
+        ["same", "some"], ["same", "sole!"]
+    )
+    assert difference(["same"], []) == "DIFFERS: 1 samples, 0 in the original"
+
+
+def test_parity_command_refuses_other_scripts(tmp_path, capsys):
+    given = [str(tmp_path), "--tokenizer", str(tmp_path), "--scratch", str(tmp_path / "scratch")]
+    assert PARITY["main"](given) == 2
+    assert (
+        "is no clone of RULER: `git clone https://github.com/NVIDIA/RULER`"
+        in capsys.readouterr().err
+    )
+    folder = tmp_path / "scripts" / "data" / "synthetic"
+    folder.mkdir(parents=True)
+    for file in (folder / "niah.py", folder.parent / "tokenizer.py"):
+        file.write_text("raise SystemExit")
+    (tmp_path / "scripts" / "synthetic.yaml").write_text("")
+    assert PARITY["main"](given) == 2
+    assert "are not those of c3f5e3b (sha256 " in capsys.readouterr().err
+    assert not (tmp_path / "scratch").exists()
 
 
 @given(st.text(alphabet="aBc1 .?!\"')(,-\n“”", max_size=80))
