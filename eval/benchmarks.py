@@ -11,15 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoConfig
-
 from ..recipes.schema import LongbenchStage, RulerStage
 from . import longbench, longbench_score, score, tables
 from .arms import ArmRun, arm_runs
 from .context import EvalContext
 from .generate import Prompt
 from .models import Models, attending
-from .perplexity import shape
 from .predict import claim, merge, predict, share
 from .prepare import Prompts, load, prepare
 from .progress import estimate, told, trial
@@ -27,6 +24,7 @@ from .records import read_journals, write_json
 from .ruler import check_lengths, check_tasks
 from .ruler_corpus import PUBLIC_DOMAIN, read_corpus
 from .tables import Predictions
+from .wandb_tables import short
 
 _RULER_OPTIONS = ("seed", "corpus", "parity", "mode", "reasoning_tokens")
 
@@ -158,12 +156,12 @@ def results(
     for label, arm in found["arms"].items():
         journals = read_journals(folders[label])
         costs = tables.costs({one.id: journals[one.id] for one in prompts.samples})
-        arm["shape"] = _shape(ctx, arm["arm"])
+        arm["shape"] = ctx.shape(arm["arm"])
         arm["costs"] = costs
         arm["seconds"] = round(sum(cost["seconds"] for cost in costs.values()), 1)
         for length, by_task in arm["scores"].items():
             for task, cell in by_task.items():
-                ctx.log({f"eval/{kind}/{_short(int(length))}/{task}/{label}": cell["score"]})
+                ctx.log({f"eval/{kind}/{short(int(length))}/{task}/{label}": cell["score"]})
     return found, arms
 
 
@@ -237,12 +235,6 @@ def _longbench_prompts(
     return replace(made, samples=samples), told["missing"] + unscorable
 
 
-def _shape(ctx: EvalContext, arm: str) -> dict[str, int]:
-    """Of the checkpoint behind an arm, from its config: the model may not have been loaded."""
-    path = ctx.original if arm == "original_dense" else ctx.converted
-    return shape(AutoConfig.from_pretrained(path))
-
-
 def _identity(ctx: EvalContext, models: Models, run: ArmRun, prompts: PromptSet) -> dict[str, Any]:
     """What decides an arm's predictions, beside the prompts' text."""
     return {
@@ -267,7 +259,3 @@ def _tell_estimate(
         f"{kind}: {len(every)} answers in {sum(map(bool, left.values()))} arms, up to {slowest} an arm on "
         f"each of {ctx.world_size} ranks, about {told(seconds)} if every answer is as long as allowed"
     )
-
-
-def _short(length: int) -> str:
-    return f"{length // 1024}k" if length % 1024 == 0 and length else str(length)

@@ -89,6 +89,11 @@ class EvalContext:
             )
         return Geometry.from_config(block, config.num_hidden_layers)
 
+    def shape(self, arm: str) -> dict[str, int]:
+        """`attention_shape` of the checkpoint behind an arm; from its config, no model need be loaded."""
+        path = self.original if arm == "original_dense" else self.converted
+        return attention_shape(AutoConfig.from_pretrained(path))
+
     @property
     def precision(self) -> str:
         """Of the weights, and of the index scores where that is another."""
@@ -144,6 +149,29 @@ class EvalContext:
     def window(self) -> int | None:
         """Positions that the original checkpoint was made for."""
         return positions(AutoConfig.from_pretrained(self.original))["window"]
+
+
+def attention_shape(config: Any) -> dict[str, int]:
+    """What the arithmetic of an attention layer depends on, from a model's config.
+
+    Returns:
+        `layers`, `query_heads`, `head_width`; of a converted model also `sparse_layers`, `index_heads`,
+        `index_width` and `block_size`.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    found = {
+        "layers": text.num_hidden_layers,
+        "query_heads": heads,
+        "head_width": getattr(text, "head_dim", None) or text.hidden_size // heads,
+    }
+    sparse = getattr(config, CONFIG_KEY, None)
+    if sparse:
+        found["sparse_layers"] = sum(sparse["sparse_attention_freq"])
+        found["index_heads"] = sparse["sparse_num_index_heads"]
+        found["index_width"] = sparse["sparse_index_dim"]
+        found["block_size"] = sparse["sparse_block_size"]
+    return found
 
 
 def _trained_before(recipe: Recipe, number: int) -> list[str]:

@@ -11,7 +11,6 @@ the budget, and a mean over positions hides it behind the easy first tokens.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..model.convert import CONFIG_KEY
-from .records import Journal, journal_path, read_journals, write_json
+from .records import Journal, journal_path, read_journals
 from .statistics import Interval, paired_ratio
 
 CHUNK = 512
 """Rows of logits that exist at once."""
 FIRST_EDGE = 128
 """Tokens in the first bucket of positions; the second ends at twice as many, and so on."""
-SHAPE = "shape.json"
-"""What an arm's operations are counted from (eval/report_arithmetic.py), beside its losses."""
 
 
 class Row(Protocol):
@@ -64,7 +60,6 @@ def measure(
     if not left:
         return 0
     meter = LossMeter(model, prefill_chunk)
-    write_json(folder / SHAPE, shape(model.config))
     with Journal(journal_path(folder, rank, world_size)) as journal:
         for count, (name, row) in enumerate(left, start=1):
             begun = time.perf_counter()
@@ -174,29 +169,6 @@ def bucket(place: int) -> tuple[int, int]:
     return FIRST_EDGE * 2 ** (place - 1) if place else 0, FIRST_EDGE * 2**place
 
 
-def shape(config: Any) -> dict[str, int]:
-    """What the arithmetic of an attention layer depends on, from a model's config.
-
-    Returns:
-        `layers`, `query_heads`, `head_width`; of a converted model also `sparse_layers`, `index_heads`,
-        `index_width` and `block_size`.
-    """
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    found = {
-        "layers": text.num_hidden_layers,
-        "query_heads": heads,
-        "head_width": getattr(text, "head_dim", None) or text.hidden_size // heads,
-    }
-    sparse = getattr(config, CONFIG_KEY, None)
-    if sparse:
-        found["sparse_layers"] = sum(sparse["sparse_attention_freq"])
-        found["index_heads"] = sparse["sparse_num_index_heads"]
-        found["index_width"] = sparse["sparse_index_dim"]
-        found["block_size"] = sparse["sparse_block_size"]
-    return found
-
-
 def documents(row: Row) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, targets) of each document in a row of B = 1."""
     bounds = torch.nonzero(row.document_ids[0, 1:] != row.document_ids[0, :-1])[:, 0] + 1
@@ -231,8 +203,6 @@ def summarise(folder: Path, num_rows: int) -> dict[str, Any]:
     rows: list[Any] = [records[name].get("positions") for name in wanted]
     if all(rows):  # a folder of an earlier version has sums only
         found |= {"row_positions": rows, "positions": _positions(rows)}
-    if (folder / SHAPE).is_file():
-        found["shape"] = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
     return found
 
 

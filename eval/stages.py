@@ -111,7 +111,11 @@ def run_perplexity(ctx: EvalContext, stage: PerplexityStage) -> dict[str, Any]:
     models.release()
 
     def make() -> dict[str, Any]:
-        arms = {run.label: perplexity.summarise(folders[run.label], len(rows)) for run in runs}
+        arms = {
+            run.label: perplexity.summarise(folders[run.label], len(rows))
+            | {"shape": ctx.shape(run.arm)}
+            for run in runs
+        }
         for label, arm in arms.items():
             ctx.log({f"eval/perplexity/{label}": arm["perplexity"]})
         pairs = [

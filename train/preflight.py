@@ -340,7 +340,8 @@ def probe(recipe: Any) -> None:
     """
     import torch
 
-    from .context import RunContext, repository_commit
+    from ..eval.commit import repository_commit
+    from .context import RunContext
     from .evaluate import run_evaluation_stage
     from .loop import Position
     from .start import prepare_start

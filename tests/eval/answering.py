@@ -28,6 +28,7 @@ data:
   sources:
     - {{name: prose, kind: text, path: {home}/prose.txt}}
 train: {{precision: fp32}}
+wandb: {{mode: disabled}}
 stages:
   - {{kind: report, margin: 2.0}}
 """

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dense2sparse.eval import benchmarks, perplexity, stages
+from dense2sparse.eval import benchmarks, stages
 from dense2sparse.eval.report import write_report
 from dense2sparse.eval.report_arithmetic import dense_per_token, operations, sparse_per_token
 from dense2sparse.eval.ruler_corpus import PUBLIC_DOMAIN, Corpus
-from dense2sparse.model import convert
 
 RULER = """
   - {kind: ruler, tasks: [niah_single_1, vt], lengths: [512, 640], samples: 1, top_k: [4, 8]}
@@ -51,9 +50,14 @@ def measured(answering, tmp_path_factory, tokenizer, ruler_like_words, works):
 def test_operations_stand_beside_the_scores_of_a_stage_that_measured_no_perplexity(measured):
     path = measured.run_dir / "eval/ruler/stage-0.json"
     arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
-    shape = perplexity.shape(convert.load(measured.converted).config)
-    assert arms["converted_sparse-k4"]["shape"] == arms["converted_oracle-k8"]["shape"] == shape
-    assert "block_size" in shape and "block_size" not in arms["original_dense"]["shape"]
+    shape = arms["converted_sparse-k4"]["shape"]
+    assert arms["original_dense"]["shape"] == {"layers": 2, "query_heads": 4, "head_width": 16}
+    index = {"sparse_layers": 1, "index_heads": 2, "index_width": 16, "block_size": 16}
+    assert (
+        shape
+        == arms["converted_oracle-k8"]["shape"]
+        == {**arms["original_dense"]["shape"], **index}
+    )
     text = write_report(measured.run_dir)["markdown"].read_text(encoding="utf-8")
     dense, sparse = dense_per_token(shape, 640), sparse_per_token(shape, 640, 4)
     share = f"{100 * sparse / dense:.0f} %"
