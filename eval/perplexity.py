@@ -1,11 +1,13 @@
 """Loss of held-out rows in an arm: one record a row, so that arms are compared row by row and by position.
 
 Each document of a row is run alone, so every arm sees exactly the same context whatever it thinks of
-packing. Logits are made in chunks; the whole (N, vocabulary) matrix never exists. With `prefill_chunk` a
-document is read that many tokens at a time too, through the model's cache, so a document of 128K needs the
-activations of one chunk. Losses are summed by
+packing. Logits are made in chunks; the whole (N, vocabulary) matrix never exists. Losses are summed by
 position in the document, in buckets that double: what sparsity costs shows where a document is longer than
 the budget, and a mean over positions hides it behind the easy first tokens.
+
+With `prefill_chunk` a document is read that many tokens at a time, through the model's cache. That takes the
+memory of answering a prompt of its length: every layer's keys and values, and the activations of a chunk.
+In one pass it is one layer's activations of the whole document, and no cache.
 """
 
 from __future__ import annotations
