@@ -5,9 +5,9 @@ packing. Logits are made in chunks; the whole (N, vocabulary) matrix never exist
 position in the document, in buckets that double: what sparsity costs shows where a document is longer than
 the budget, and a mean over positions hides it behind the easy first tokens.
 
-With `prefill_chunk` a document is read that many tokens at a time, through the model's cache. That takes the
-memory of answering a prompt of its length: every layer's keys and values, and the activations of a chunk.
-In one pass it is one layer's activations of the whole document, and no cache.
+With `prefill_chunk` a document is read that many tokens at a time, through the model's cache. That takes
+the memory of answering a prompt of its length: every layer's keys and values, and the activations of a
+chunk. In one pass it is one layer's activations of the whole document, and no cache.
 """
 
 from __future__ import annotations
