@@ -1,8 +1,9 @@
 """The evaluation stages of a recipe alone, on any converted checkpoint.
 
-    python -m dense2sparse.eval.run RECIPE [a.b=c ...]
-    python -m dense2sparse.eval.run RECIPE --checkpoint FOLDER [--output FOLDER]
-    deepspeed --module dense2sparse.eval.run RECIPE            prompts are shared between the ranks
+    dense2sparse eval RECIPE [a.b=c ...]                       on this machine's devices
+    dense2sparse eval RECIPE --checkpoint FOLDER [--output FOLDER]
+
+The command starts this module once, or through the DeepSpeed launcher; ranks share the prompts.
 
 Without `--checkpoint` the run's newest checkpoint is measured by the stages that stand right behind it in
 the recipe, and results go to the run's folder, whose recipe it must be (or name a folder with `--output`).

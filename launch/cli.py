@@ -4,7 +4,8 @@
     dense2sparse run --hostfile HOSTS RECIPE ...  on several (launch/multinode.sh, launch/slurm.sh)
     dense2sparse stop RECIPE [a.b=c ...]          asks that run to save and end at its next step
     dense2sparse plan RECIPE [a.b=c ...]          the resolved recipe and its stages
-    dense2sparse preflight | eval RECIPE ...      and: export | report | score | lm-eval FOLDER
+    dense2sparse eval RECIPE [a.b=c ...]          the evaluation stages alone, on any converted checkpoint
+    dense2sparse preflight RECIPE ...             and: export | report | score | lm-eval FOLDER
 
 Exit codes: 0 done; 1 failed; 2 the recipe or the command cannot be used (one sentence on stderr);
 75 asked to stop: saved, and the same command continues (a scheduler should requeue it).
@@ -20,22 +21,15 @@ import sys
 from collections.abc import Sequence
 
 from ..recipes.load import RecipeError, load
+from ..recipes.schema import Recipe
+from .launcher import Cluster, LaunchError, child_environment, own_gpus
 from .plan import plan_text
-from .run import (
-    EXIT_BAD_RECIPE,
-    Cluster,
-    LaunchError,
-    child_environment,
-    own_gpus,
-    run,
-    run_folder,
-    stop,
-)
+from .run import EXIT_BAD_RECIPE, evaluate, run, run_folder, stop
 
 TRAIN_MODULE = "dense2sparse.train.run"
+EVAL_MODULE = "dense2sparse.eval.run"
 HANDED_OVER = {
     "preflight": ("dense2sparse.train.preflight", "what a run will cost and whether it can work"),
-    "eval": ("dense2sparse.eval.run", "the evaluation stages alone, on any converted checkpoint"),
     "export": ("dense2sparse.model.export", "a finished run as a folder for other software"),
     "report": ("dense2sparse.eval.report", "the report of a run's folder, made again"),
     "score": (
@@ -44,8 +38,8 @@ HANDED_OVER = {
     ),
     "lm-eval": ("dense2sparse.eval.lm_eval_command", "MMLU, GSM8K, ARC and others through lm-eval"),
 }
-TAKE_A_RECIPE = ("preflight", "eval")
-VALUE_OPTIONS = ("--checkpoint", "--output", "--ranks")
+TAKE_A_RECIPE = ("preflight",)
+VALUE_OPTIONS = ("--ranks",)
 """Options of `TAKE_A_RECIPE` whose next word is their value; a test compares them with the modules'."""
 
 
@@ -79,6 +73,8 @@ def main(argv: Sequence[str] | None = None, *, module: str = TRAIN_MODULE) -> in
             master_addr=options.master_addr,
             master_port=options.master_port,
         )
+        if options.command == "eval":
+            return _evaluate(recipe, options, cluster)
         return run(recipe, options.recipe, options.overrides, cluster, module=module)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `plan ... | head`
@@ -98,22 +94,52 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("run", help="start or continue a run on this machine or a cluster")
     stops = commands.add_parser("stop", help="ask a run, also on other machines, to save and end")
     plan = commands.add_parser("plan", help="print the resolved recipe and its stages")
+    evals = commands.add_parser(
+        "eval", help="the evaluation stages alone, on any converted checkpoint"
+    )
     for name, (_, text) in HANDED_OVER.items():
         commands.add_parser(name, help=text)
-    for command in (runs, stops, plan):
+    for command in (runs, stops, plan, evals):
         command.add_argument("recipe", help="YAML file, for example recipes/quickstart.yaml")
         command.add_argument(
             "overrides", nargs="*", metavar="a.b=c", help="values that replace the recipe's"
         )
-    runs.add_argument("--ranks", type=_positive, help="processes (default: every GPU, or 1 on CPU)")
-    runs.add_argument("--hostfile", help="nodes, one `name slots=N` a line; default: this machine")
-    runs.add_argument("--no_ssh", action="store_true", help="start this node's ranks only")
-    runs.add_argument(
+    evals.add_argument("--checkpoint", help="converted folder; default the run's newest")
+    evals.add_argument("--output", help="where results go; default the run's folder")
+    for command in (runs, evals):
+        _add_cluster(command)
+    return parser
+
+
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    """Options that say which ranks are started."""
+    command.add_argument(
+        "--ranks", type=_positive, help="processes (default: every GPU, or 1 on CPU)"
+    )
+    command.add_argument(
+        "--hostfile", help="nodes, one `name slots=N` a line; default: this machine"
+    )
+    command.add_argument("--no_ssh", action="store_true", help="start this node's ranks only")
+    command.add_argument(
         "--node_rank", type=int, help="with --no_ssh: this node's line in the hostfile"
     )
-    runs.add_argument("--master_addr", help="address of the first node")
-    runs.add_argument("--master_port", type=_port, help="default 29500; one node: a free port")
-    return parser
+    command.add_argument("--master_addr", help="address of the first node")
+    command.add_argument("--master_port", type=_port, help="default 29500; one node: a free port")
+
+
+def _evaluate(recipe: Recipe, options: argparse.Namespace, cluster: Cluster) -> int:
+    """Become the evaluation where one process does it, which needs no launcher; else start its ranks."""
+    given = [
+        word
+        for name in ("checkpoint", "output")
+        if (value := getattr(options, name)) is not None
+        for word in (f"--{name}", str(value))
+    ]
+    gpus = own_gpus() if options.hostfile is None else []
+    if options.hostfile is None and (options.ranks or len(gpus) or 1) == 1:
+        words = [EVAL_MODULE, options.recipe, *options.overrides, *given]
+        return _become(words, child_environment(os.environ, gpus))
+    return evaluate(recipe, options.recipe, options.overrides, given, cluster, module=EVAL_MODULE)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -169,14 +195,20 @@ def _hand_over(command: str, arguments: list[str]) -> int:
     except (RecipeError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_RECIPE
-    started = [sys.executable, "-m", module]
     if not arguments:
-        subprocess.run([*started, "--help"], env=environ, stdout=2, check=False)
+        helps = [sys.executable, "-m", module, "--help"]
+        subprocess.run(helps, env=environ, stdout=2, check=False)
         wanted = "a recipe" if command in TAKE_A_RECIPE else "a run's folder"
         print(f"error: `dense2sparse {command}` needs {wanted}", file=sys.stderr)
         return EXIT_BAD_RECIPE
+    return _become([module, *arguments], environ)
+
+
+def _become(words: list[str], environ: dict[str, str]) -> int:
+    """Replace this process by `python -m words`."""
     sys.stdout.flush()
-    os.execve(sys.executable, [*started, *arguments], environ)
+    os.execve(sys.executable, [sys.executable, "-m", *words], environ)
+    return 0
 
 
 if __name__ == "__main__":

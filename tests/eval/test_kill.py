@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -160,33 +159,29 @@ def published(tmp_path_factory, answering, tokenizer):
     return answering.build_home(home, answering.lively_model(), tokenizer, stages=STAGE)
 
 
-def evaluate(home: Path, run_dir: Path, *launcher: str) -> subprocess.Popen:
-    """Start the evaluation alone, with `launcher` instead of this Python before the module."""
-    command = launcher or (sys.executable, "-m")
-    arguments = [
-        home / "recipe.yaml",
-        f"data.cache_dir={CACHE}",
-        "--checkpoint",
-        home / "converted",
-    ]
+def evaluate(home: Path, run_dir: Path, ranks: int) -> subprocess.Popen:
+    """`dense2sparse eval`, in one process or through the launcher."""
+    command = [sys.executable, "-m", "dense2sparse.launch.cli", "eval", "--ranks", str(ranks)]
+    command += [str(home / "recipe.yaml"), f"data.cache_dir={CACHE}"]
+    command += ["--checkpoint", str(home / "converted"), "--output", str(run_dir)]
     with open(run_dir.with_suffix(".log"), "a") as log:
         return subprocess.Popen(
-            [*command, "dense2sparse.eval.run", *map(str, arguments), "--output", str(run_dir)],
+            command,
             stdout=log,
             stderr=log,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
 
 
-def two_ranks() -> list[str]:
-    """The launcher's command line as documented, for a machine where others launch too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = str(Path(sys.executable).with_name("deepspeed"))
-    options = ["--hostfile", os.devnull, "--master_port", str(port), "--num_gpus", "2"]
-    return [program, *options, "--module"]
+def kill_all(run_dir: Path) -> None:
+    """`kill -9` of the command, the launcher and its ranks: all that was told this folder."""
+    told = str(run_dir).encode()
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdecimal() and told in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
 
 
 def without_times(run_dir: Path) -> dict:
@@ -200,19 +195,19 @@ def without_times(run_dir: Path) -> dict:
 @pytest.mark.e2e
 def test_launcher_killed_at_a_random_moment_goes_on_to_the_result_of_one_rank(published, tmp_path):
     once, again = tmp_path / "once", tmp_path / "again"
-    assert evaluate(published, once).wait(PATIENCE_S) == 0, once.with_suffix(".log").read_text()
+    assert evaluate(published, once, 1).wait(PATIENCE_S) == 0, once.with_suffix(".log").read_text()
     every = ALL_ARMS * ASKED
     lines = random.Random().randrange(1, every - ASKED // 2)
-    launched = evaluate(published, again, *two_ranks())
+    launched = evaluate(published, again, 2)
     until = time.monotonic() + PATIENCE_S
     while answered(again) < lines:
         assert launched.poll() is None and time.monotonic() < until, f"not killed at {lines}"
         time.sleep(0.002)
-    os.killpg(launched.pid, signal.SIGKILL)  # launcher and ranks: they share its process group
+    kill_all(again)
     launched.wait()
     assert lines <= answered(again) and not (again / "report.html").exists()
 
-    launched = evaluate(published, again, *two_ranks())
+    launched = evaluate(published, again, 2)
     assert launched.wait(PATIENCE_S) == 0, again.with_suffix(".log").read_text()
     assert answered(again) == every, f"killed at {lines}: a prompt was answered twice or never"
     found = predictions(again)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from toy_cluster import ROOT, ToyCluster
 
-from dense2sparse.launch import cli
+from dense2sparse.launch import cli, launcher
 from dense2sparse.launch.processes import Ending
 from dense2sparse.launch.run import is_finished, run_folder, verdict
 from dense2sparse.recipes.load import fingerprint, load
@@ -135,17 +135,66 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "before",
-    [["--checkpoint", "folder"], ["--checkpoint=folder"], ["--check", "a", "--output", "b"], []],
+    "before", [["--ranks", "2"], ["--ranks=2"], ["--rank", "2", "--probe"], ["--probe"], []]
 )
 def test_recipe_is_found_and_checked_behind_options(
     before: list[str], handed_over: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.main(["eval", *before, QUICKSTART, "train.seed=3"])
-    assert handed_over == [["dense2sparse.eval.run", *before, QUICKSTART, "train.seed=3"]]
-    assert cli.main(["eval", *before, QUICKSTART, "--output", "c", "sparsity.topk=4"]) == 2
+    cli.main(["preflight", *before, QUICKSTART, "train.seed=3"])
+    assert handed_over == [["dense2sparse.train.preflight", *before, QUICKSTART, "train.seed=3"]]
+    assert cli.main(["preflight", *before, QUICKSTART, "--ranks", "2", "sparsity.topk=4"]) == 2
     assert "sparsity.topk=4: unknown key" in capsys.readouterr().err
     assert len(handed_over) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "passed_on"),
+    [
+        (["--checkpoint", "folder"], ["--checkpoint", "folder"]),
+        (["--output=b", "--ranks", "1"], ["--output", "b"]),
+        ([], []),
+    ],
+)
+def test_an_evaluation_in_one_process_needs_no_launcher(
+    options: list[str],
+    passed_on: list[str],
+    handed_over: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "own_gpus", list)
+    cli.main(["eval", *options, QUICKSTART, "train.seed=3"])
+    assert handed_over == [["dense2sparse.eval.run", QUICKSTART, "train.seed=3", *passed_on]]
+
+
+@pytest.mark.parametrize(
+    ("code", "stop_requests", "expected"), [(0, 0, 0), (2, 0, 2), (-15, 1, 75), (247, 0, 1)]
+)
+def test_an_evaluation_on_several_ranks_goes_through_the_launcher(
+    code: int,
+    stop_requests: int,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started = []
+    for module in (cli, launcher):
+        monkeypatch.setattr(module, "own_gpus", list)
+    monkeypatch.setattr(
+        launcher,
+        "run_group",
+        lambda command, environ, **_: (
+            started.append(command) or Ending(code, stop_requests, killed=False)
+        ),
+    )
+    out = f"output_dir={tmp_path}"
+    assert cli.main(["eval", QUICKSTART, "--ranks", "2", "--checkpoint", "folder", out]) == expected
+    command = started[0]
+    assert command[command.index("--num_gpus") + 1] == "2"
+    started_with = ["--module", "dense2sparse.eval.run"]
+    assert command[-6:] == [*started_with, QUICKSTART, out, "--checkpoint", "folder"]
+    error = capsys.readouterr().err
+    assert ("a rank was ended by signal 9" in error) == (expected == 1)
 
 
 def test_options_with_a_value_are_those_of_the_modules() -> None:
@@ -160,7 +209,7 @@ def test_options_with_a_value_are_those_of_the_modules() -> None:
     assert found - {"--local_rank"} == set(cli.VALUE_OPTIONS)
 
 
-@pytest.mark.parametrize("command", ["preflight", "eval", "export", "report"])
+@pytest.mark.parametrize("command", ["preflight", "export", "report"])
 def test_command_without_arguments_helps_and_ends_with_2(
     command: str, handed_over: list[list[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:

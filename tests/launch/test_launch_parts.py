@@ -15,8 +15,8 @@ from toy_cluster import is_alive
 
 from dense2sparse.launch.devices import visible_gpus
 from dense2sparse.launch.forward_env import env_lines, private_env_file
+from dense2sparse.launch.launcher import Cluster, LaunchError, child_environment, launcher_command
 from dense2sparse.launch.processes import group_members, run_group
-from dense2sparse.launch.run import Cluster, LaunchError, child_environment, launcher_command
 
 LISTING = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa-1)
