@@ -35,6 +35,7 @@ from dense2sparse.eval.ruler_corpus import (
     ENGLISH_WORDS_SHA256,
     read_corpus,
 )
+from dense2sparse.eval.ruler_material import DoesNotFit
 from dense2sparse.eval.sources import PUNKT_WHEEL, TEMPLATES_WHEEL, SourceUnavailable, fetch_wheel
 
 COMMIT = "c3f5e3b"
@@ -96,7 +97,8 @@ class Original:
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"the original did not end in {self.timeout_s:.0f} s") from None
         if done.returncode:
-            raise RuntimeError(f"the original failed: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RuntimeError(f"the original failed: {said[-1]}")
         made = given["save_dir"] / task / "validation.jsonl"
         records = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
         return [one["input"] + one["answer_prefix"] + json.dumps(one["outputs"]) for one in records]
@@ -114,39 +116,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    worst = 0
+    found = []
     for length in options.lengths:
         for task in tasks:
-            said, failed = compare(original, tokenizer, options, task, length)
+            said, equal = compare(original, tokenizer, options, task, length)
             print(f"{length:>7} {task:<16} {said}", flush=True)
-            worst = max(worst, int(failed))
-    return worst
+            found.append(equal)
+    if set(found) == {None}:
+        return 2
+    return 1 if False in found else 0
 
 
 def compare(
     original: Original, tokenizer: Any, options: argparse.Namespace, task: str, length: int
-) -> tuple[str, bool]:
-    """What to say about a task and length, and whether the two differ."""
+) -> tuple[str, bool | None]:
+    """What to say about a task and length, and whether the two are equal; None: not to be compared."""
+    begun = time.perf_counter()
     try:
         corpus = read_corpus(
             "nvidia", options.cache_dir, tasks=[task], lengths=[length], parity="nvidia"
         )
-    except SourceUnavailable as error:
-        return f"left out: {error}", False
-    begun = time.perf_counter()
-    generator = Generator(corpus, tokenizer, mode="base", parity="nvidia")
-    made = list(generator.samples(task, length, SEED, options.samples))
+        begun = time.perf_counter()
+        generator = Generator(corpus, tokenizer, mode="base", parity="nvidia")
+        made = list(generator.samples(task, length, SEED, options.samples))
+    except (SourceUnavailable, DoesNotFit) as error:
+        return f"left out: {error}", None
     ours = [one.prompt + json.dumps(one.references) for one in made]
     ours_s, begun = time.perf_counter() - begun, time.perf_counter()
     try:
         theirs = original.prompts(task, length, options.samples)
     except RuntimeError as error:
-        return f"not compared: {error}", True
+        return f"not compared: {error}", False
     theirs_s = time.perf_counter() - begun
     tokens = " ".join(str(one.num_tokens) for one in made)
     times = f"{tokens} tokens, ours {ours_s:.1f} s, original {theirs_s:.1f} s"
     difference = first_difference(ours, theirs)
-    return f"{difference or 'equal'}, {times}", bool(difference)
+    return f"{difference or 'equal'}, {times}", difference is None
 
 
 def first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
@@ -195,6 +200,7 @@ def set_up(options: argparse.Namespace) -> Original:
                 target.write_bytes(wheel.read(member))
     _word_list(folder / ENGLISH_WORDS, options.cache_dir / "ruler" / ENGLISH_WORDS)
     if not (scratch / "site").is_dir():
+        shutil.rmtree(scratch / "site.part", ignore_errors=True)  # of a pip that was interrupted
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
         subprocess.run([*pip, str(scratch / "site.part"), *NEEDED], check=True)
         (scratch / "site.part").rename(scratch / "site")

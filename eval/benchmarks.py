@@ -24,7 +24,6 @@ from .records import read_journals, write_json
 from .ruler import check_lengths, check_tasks
 from .ruler_corpus import PUBLIC_DOMAIN, read_corpus
 from .tables import Predictions
-from .wandb_tables import short
 
 _RULER_OPTIONS = ("seed", "corpus", "parity", "mode", "reasoning_tokens")
 
@@ -159,9 +158,6 @@ def results(
         arm["shape"] = ctx.shape(arm["arm"])
         arm["costs"] = costs
         arm["seconds"] = round(sum(cost["seconds"] for cost in costs.values()), 1)
-        for length, by_task in arm["scores"].items():
-            for task, cell in by_task.items():
-                ctx.log({f"eval/{kind}/{short(int(length))}/{task}/{label}": cell["score"]})
     return found, arms
 
 

@@ -108,6 +108,7 @@ def interval_chart(bars: Sequence[Bar], *, x_label: str, mark: float | None = No
     ends += [] if mark is None else [mark]
     low, high = padded(min(ends), max(ends))
     left, row = min(300, 16 + 9 * max(len(bar.name) for bar in bars)), 26
+    room = (left - 16) // 7
     height = row * len(bars) + 44
     span = WIDTH - left - _RIGHT
 
@@ -130,9 +131,10 @@ def interval_chart(bars: Sequence[Bar], *, x_label: str, mark: float | None = No
     for step, bar in enumerate(bars):
         y = 20 + row * step
         colour = f"var(--c{bar.colour % _COLOURS})"
+        name = escape(_cut(bar.name, room))
         tip = f"{bar.name}: {number(bar.estimate)} ({number(bar.low)} to {number(bar.high)})"
         parts.append(
-            f'<text class="row" text-anchor="end" x="{left - 10}" y="{y + 4}">{escape(bar.name)}</text>'
+            f'<text class="row" text-anchor="end" x="{left - 10}" y="{y + 4}">{name}</text>'
             f'<line stroke="{colour}" stroke-width="3" stroke-linecap="round" '
             f'x1="{place(bar.low):.1f}" x2="{place(bar.high):.1f}" y1="{y}" y2="{y}"/>'
             f'<circle cx="{place(bar.estimate):.1f}" cy="{y}" r="5" fill="{colour}">'
@@ -143,6 +145,10 @@ def interval_chart(bars: Sequence[Bar], *, x_label: str, mark: float | None = No
         f"{escape(x_label)}</text>"
     )
     return _svg(height, parts, x_label)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def number(value: float) -> str:

@@ -112,14 +112,17 @@ class EvalContext:
         number = self.number(stage)
         path = self.folder(kind) / f"stage-{number}.json"
         if self.rank == 0:
-            state = {"state": self.state, "after": _trained_before(self.recipe, number)}
-            checkpoint = checkpoint_fingerprint(self.converted)
-            head: dict[str, Any] = {"kind": kind, "stage": number, **state}
-            head |= {"checkpoint": checkpoint}
-            head |= {"precision": str(self.dtype).removeprefix("torch.")}
-            head |= {"index_precision": self.recipe.execution.index_precision}
-            head |= {"checkpoint_top_k": self.geometry().top_k}
-            head |= {"positions": positions(AutoConfig.from_pretrained(self.original))}
+            head = {
+                "kind": kind,
+                "stage": number,
+                "state": self.state,
+                "after": _trained_before(self.recipe, number),
+                "checkpoint": checkpoint_fingerprint(self.converted),
+                "precision": str(self.dtype).removeprefix("torch."),
+                "index_precision": self.recipe.execution.index_precision,
+                "checkpoint_top_k": self.geometry().top_k,
+                "positions": positions(AutoConfig.from_pretrained(self.original)),
+            }
             write_json(path, {**head, **make()})
         self.barrier()
         return json.loads(path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ writer comes back. A damaged line before the last is refused, because something 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -48,16 +49,33 @@ class Journal:
     """Append-only JSON lines with an `id` in every record; one writer a file."""
 
     def __init__(self, path: Path) -> None:
-        """Open for appending, after dropping a torn last line that a kill left behind."""
+        """Open for appending, after dropping a torn last line that a kill left behind.
+
+        Raises:
+            ValueError: a damaged line, or another process is writing to the file.
+        """
         self.path = path
-        self.records: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            content = path.read_bytes()
-            self.records, whole = _parse(path, content)
-            if whole < len(content):
-                os.truncate(path, whole)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by close)
+        self._claim()
+        self._file.seek(0)
+        content = self._file.read()
+        self.records, whole = _parse(path, content)
+        if whole < len(content):
+            os.truncate(path, whole)
+
+    def _claim(self) -> None:
+        """Keep other processes out until this one closes the file or ends."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(
+                f"another evaluation is writing to {self.path}: wait for its end, or name another folder "
+                "with --output"
+            ) from None
+        except OSError:
+            return  # a file system without locks
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; it is in the kernel's hands when this returns."""

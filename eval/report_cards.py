@@ -93,7 +93,7 @@ def _score_card(run: RunFiles, kind: str, result: dict[str, Any]) -> list[Card]:
     ends = {"low": -lost["high"], "high": -lost["low"]}
     detail = f"{before:.1f} to {after:.1f}; 95 % interval {span(ends, 1)}"
     if entry["unseen_share"] is not None:
-        detail = f"{before:.1f}; no answer changed, up to {100 * entry['unseen_share']:.0f} % could"
+        detail = f"{before:.1f}; no score changed, up to {100 * entry['unseen_share']:.0f} % could"
     return [Card(signed(-lost["estimate"], 1), f"points, {name}, k = {top_k}", detail)]
 
 

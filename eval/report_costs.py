@@ -50,6 +50,6 @@ def costs(found: list[Cost], caption: str, axis: str, *, digits: int = 1) -> lis
 def cost_cell(cost: Cost, digits: int = 1) -> Cell:
     """An estimate with its interval, or that nothing changed and what that cannot exclude."""
     if cost.unseen_share is not None:
-        note = "share of changed answers that so few pairs cannot exclude, 95 %"
-        return Cell("no answer changed", None, note, f"up to {100 * cost.unseen_share:.0f} % could")
+        note = "share of changed scores that so few pairs cannot exclude, 95 %"
+        return Cell("no score changed", None, note, f"up to {100 * cost.unseen_share:.0f} % could")
     return Cell(signed(cost.interval["estimate"], digits), small=span(cost.interval, digits))

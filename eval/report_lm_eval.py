@@ -143,7 +143,7 @@ def lost(first: Score | None, second: Score | None) -> tuple[Interval | None, bo
 
 
 def _same_prompts(first: Score, second: Score) -> bool:
-    return bool(first.samples) and first.prompts == second.prompts
+    return bool(first.samples) and bool(first.prompts.strip()) and first.prompts == second.prompts
 
 
 def scores_of(content: Mapping[str, Any]) -> dict[Key, Score]:

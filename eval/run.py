@@ -12,7 +12,8 @@ With it, every evaluation stage measures that checkpoint, and results go to a fo
 Every number is in the stages' results; wandb gets them in a run of its own, job type `evaluation`, at
 the tokens that the checkpoint was trained for.
 
-The recipe is checked before torch is imported. Exit codes: 0 done, 2 a mistake of the user.
+The recipe is checked before torch is imported. Exit codes: 0 done, 2 a mistake of the user, 75 asked to
+stop; what was answered is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -36,9 +39,11 @@ if TYPE_CHECKING:
 
 EVALUATIONS = ("probe", "perplexity", "ruler", "longbench")
 TRAININGS = ("warmup", "sparse")
-_BAD_INPUT = 2
+_BAD_INPUT, _STOPPED = 2, 75
 _DECIDES_RESULTS = ("model", "sparsity", "data", "stages", "train.precision")
 _DECIDES_NOTHING = ("data.cache_dir",)
+_SECONDS_FOR_RANK_0 = 3
+"""Rank 0 usually has the same to say; it ends first and takes this process along."""
 _LONGEST_WAIT = timedelta(hours=12)
 """How long ranks that are done wait for the slowest; an evaluation has no collective in between."""
 
@@ -47,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; returns the exit code."""
     options = _parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
-    begun = False
     try:
         recipe = load(options.recipe, options.overrides)
         if options.checkpoint:
@@ -58,17 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 check_same_recipe(run_dir, recipe)
             converted, trained = newest_checkpoint(run_dir)
         numbers = stages_to_run(recipe, trained)
-        context = _context(recipe, options, converted, rank)
-        begun = True
-        run_stages(context, numbers)
+        run_stages(_context(recipe, options, converted, rank), numbers)
     except (ValueError, OSError) as error:
         said = sentence(error)
         if said is None:
             raise
-        if rank == 0 or begun:  # before the stages begin, all ranks have the same to say
-            where = f" on rank {rank}" if rank else ""
-            print(f"error{where}: {said}", file=sys.stderr, flush=True)
+        if rank:
+            time.sleep(_SECONDS_FOR_RANK_0)
+        where = f" on rank {rank}" if rank else ""
+        print(f"error{where}: {said}", file=sys.stderr, flush=True)
         return _BAD_INPUT
+    if options.mark and os.environ.get("LOCAL_RANK", "0") == "0":
+        options.mark.parent.mkdir(parents=True, exist_ok=True)
+        options.mark.touch()
     return 0
 
 
@@ -175,10 +181,11 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
             f"--checkpoint {converted} holds no config.json: give a converted model's folder"
         )
     import torch
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     from ..model.convert import is_converted
-    from ..model.original import check_positions
+    from ..model.original import check_positions, check_rows, positions
     from .context import EvalContext
     from .models import checkpoint_fingerprint
 
@@ -194,6 +201,7 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
     device, barrier = _join_ranks(torch)
     original = _original(recipe, run_dir, rank, barrier)
     check_positions(original, converted)
+    check_rows(recipe, positions(AutoConfig.from_pretrained(original))["window"])
     precise = recipe.train.precision == "fp32"
     if rank == 0:
         _describe(run_dir, recipe, own_folder=bool(options.checkpoint or options.output))
@@ -265,10 +273,10 @@ def _describe(run_dir: Path, recipe: Any, *, own_folder: bool) -> None:
     from .commit import repository_commit
     from .records import write_json
 
-    trained_here = (run_dir / "run.json").is_file()
-    if not (run_dir / "recipe.json").is_file() or (own_folder and not trained_here):
+    newest = own_folder and not (run_dir / "run.json").is_file()
+    if newest or not (run_dir / "recipe.json").is_file():
         write_json(run_dir / "recipe.json", resolved(recipe))
-    if not (run_dir / "environment.json").is_file():
+    if newest or not (run_dir / "environment.json").is_file():
         names = ("dense2sparse", "torch", "transformers")
         packages = {name: version(name) for name in names}
         date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -284,9 +292,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint", type=Path, help="converted folder; default the run's newest"
     )
     parser.add_argument("--output", type=Path, help="where results go")
+    parser.add_argument(
+        "--mark", type=Path, help="file that is made at the very end; the launcher looks for it"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
     return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":
+    if os.environ.get("RANK", "0") == "0":  # it holds the wandb run, which is to be closed
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_STOPPED))
     sys.exit(main())

@@ -211,7 +211,7 @@ def summary(found: Mapping[str, Any]) -> str:
         means = "  ".join(f"{length}: {mean:.2f}" for length, mean in arm["means"].items())
         lines.append(f"{label:28} {means}")
         if arm["ruler"]:
-            lines.append(f"{'':28} {_ruler_line(arm['ruler'])}")
+            lines.append(f"{'':28} {_ruler_line(arm['ruler'], max(map(int, arm['scores'])))}")
     for pair in found["comparisons"]:
         lost = pair["overall"]["lost"]
         lines.append(
@@ -224,11 +224,13 @@ def summary(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ruler_line(own: Mapping[str, Any]) -> str:
-    """RULER's own figures of an arm, and what they lack."""
+def _ruler_line(own: Mapping[str, Any], longest: int) -> str:
+    """RULER's own figures of an arm over lengths up to `longest`, and what they lack."""
     if own["wavg_inc"] is None:
         return "RULER's effective length, wAvg(inc), wAvg(dec): not computed: one length"
     length = own["effective_length"] or "below the shortest"
+    if length == longest:
+        length = f"{length} or more"
     said = f"effective length: {length}  wAvg(inc): {own['wavg_inc']:.2f}  wAvg(dec): {own['wavg_dec']:.2f}"
     if own["all_tasks"]:
         return f"{said} (comparable if the prompts are made of NVIDIA's data)"

@@ -76,10 +76,6 @@ def run_probe(ctx: EvalContext, stage: ProbeStage) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         budgets = probing.summarise(read_journals(folder), len(rows), top_ks)
         block = ctx.geometry().block_size
-        for entry in budgets:
-            name = f"eval/probe/oracle_coverage/k{entry['top_k']}"
-            if "oracle_coverage" in entry["mean"]:
-                ctx.log({name: entry["mean"]["oracle_coverage"]})
         head = {"rows": len(rows), "row_len": ctx.recipe.data.row_len, "block_size": block}
         return {**head, "budgets": budgets, "needles": needles}
 
@@ -116,8 +112,6 @@ def run_perplexity(ctx: EvalContext, stage: PerplexityStage) -> dict[str, Any]:
             | {"shape": ctx.shape(run.arm)}
             for run in runs
         }
-        for label, arm in arms.items():
-            ctx.log({f"eval/perplexity/{label}": arm["perplexity"]})
         pairs = [
             {
                 "meaning": meaning,

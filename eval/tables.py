@@ -71,7 +71,8 @@ def ruler_summary(table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         length. `all_tasks`: every length has the 13 tasks, without which no published figure compares.
     """
     lengths = sorted(table, key=int)
-    by_length = [means(table)[length] for length in lengths]
+    found_means = means(table)
+    by_length = [found_means[length] for length in lengths]
     found: dict[str, Any] = dict.fromkeys(("effective_length", "wavg_inc", "wavg_dec"))
     if len(lengths) > 1:
         rising = np.arange(1, len(lengths) + 1)

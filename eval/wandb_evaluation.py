@@ -20,7 +20,16 @@ from .wandb_tables import stage_tables
 
 IDS = "wandb.json"
 """In a run's folder `eval/`: checkpoint -> id of the wandb run of its evaluations alone."""
-_SAID = ("kind", "stage", "checkpoint", "state", "precision", "prompts", "rows_digest")
+_SAID = (
+    "kind",
+    "stage",
+    "checkpoint",
+    "state",
+    "precision",
+    "index_precision",
+    "prompts",
+    "rows_digest",
+)
 
 
 @dataclass(frozen=True)

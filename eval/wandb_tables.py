@@ -46,13 +46,21 @@ def stage_tables(result: Result, predictions: Mapping[str, Predictions]) -> dict
 
 
 def curves(result: Result) -> dict[str, float]:
-    """What is worth following over the training, by metric name: means and losses, beside the cells."""
-    found: dict[str, float] = {}
+    """What a stage's result adds to the curves over the training, by metric name."""
     kind = result["kind"]
-    if kind == "ruler":
-        for label, arm in result["arms"].items():
-            for length, mean in arm["means"].items():
-                found[f"eval/ruler/{short(int(length))}/mean/{label}"] = mean
+    if kind == "probe":
+        return _probe_curves(result)
+    found: dict[str, float] = {}
+    for label, arm in result.get("arms", {}).items():
+        if kind == "perplexity":
+            found[f"eval/perplexity/{label}"] = arm["perplexity"]
+            continue
+        for length, tasks in arm["scores"].items():
+            cells = {task: cell["score"] for task, cell in tasks.items()}
+            if kind == "ruler":
+                cells["mean"] = arm["means"][length]
+            for task, score in cells.items():
+                found[f"eval/{kind}/{_short(int(length))}/{task}/{label}"] = score
     for pair in result.get("comparisons", []):
         name = f"{pair['meaning'].replace(' ', '_')}/{pair['second']}"
         if kind == "perplexity":
@@ -62,7 +70,20 @@ def curves(result: Result) -> dict[str, float]:
     return found
 
 
-def short(length: int) -> str:
+def _probe_curves(result: Result) -> dict[str, float]:
+    found = {
+        f"eval/probe/oracle_coverage/k{entry['top_k']}": entry["mean"]["oracle_coverage"]
+        for entry in result["budgets"]
+        if "oracle_coverage" in entry["mean"]
+    }
+    needles = result["needles"] or {"scores": {}}
+    for label, means in needles["scores"].items():
+        for length, score in means.items():
+            found[f"eval/probe/{_short(int(length))}/{needles['task']}/{label}"] = score
+    return found
+
+
+def _short(length: int) -> str:
     """A length in names of metrics: `4k`, or the number where it is no multiple of 1024."""
     return f"{length // 1024}k" if length % 1024 == 0 and length else str(length)
 

@@ -205,7 +205,7 @@ class _Tile:
 
 
 def _attention_tiles(q, block_ids, block_size, part, groups) -> Iterator[_Tile]:
-    """Tiles of one piece; of one whole document with all blocks a single one, where torch has a kernel."""
+    """Tiles of one piece; a whole document without a selection is one tile of torch's kernel."""
     num_queries = part.queries.stop - part.queries.start
     num_keys = part.offset + num_queries
     if block_ids is None and not part.offset and _is_fused(q):
@@ -261,7 +261,10 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
 
 
 def _attend_fused(q, k, v, hidden, scale):
-    """`_attend_plainly` by the operator behind scaled_dot_product_attention on CPU."""
+    """`_attend_plainly` by the operator behind scaled_dot_product_attention on CPU.
+
+    Where a query sees no key at all, which no selection gives, the operator's log-sum-exp is 0.
+    """
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     keys, values = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
     mask = {"attn_mask": _additive(hidden, q)}
@@ -310,6 +313,8 @@ def sparse_attention(
     """See reference.sparse_attention; differentiable in q, k and v (not through the log-sum-exp)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts = list(pieces(q.shape[2], k.shape[2], document_ids, query_offset))
+    # torch's operator takes the last stride for 1 and does not look.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return TiledAttention.apply(q, k, v, block_ids, block_size, scale, parts)
 
 
@@ -323,9 +328,16 @@ def dense_attention(
     query_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_attention; differentiable in q, k and v (not through the log-sum-exp)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    parts = list(pieces(q.shape[2], k.shape[2], document_ids, query_offset))
-    return TiledAttention.apply(q, k, v, None, 1, scale, parts)
+    return sparse_attention(
+        q,
+        k,
+        v,
+        None,
+        block_size=1,
+        scale=scale,
+        document_ids=document_ids,
+        query_offset=query_offset,
+    )
 
 
 @torch.no_grad()

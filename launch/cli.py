@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 from ..recipes.load import RecipeError, load
 from ..recipes.schema import Recipe
-from .launcher import Cluster, LaunchError, child_environment, own_gpus
+from .launcher import Cluster, LaunchError, check_one_node, child_environment, own_gpus
 from .plan import plan_text
-from .run import EXIT_BAD_RECIPE, evaluate, run, run_folder, stop
+from .run import EXIT_BAD_RECIPE, evaluate, option_words, run, run_folder, stop
 
 TRAIN_MODULE = "dense2sparse.train.run"
 EVAL_MODULE = "dense2sparse.eval.run"
@@ -129,17 +129,22 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
 
 def _evaluate(recipe: Recipe, options: argparse.Namespace, cluster: Cluster) -> int:
     """Become the evaluation where one process does it, which needs no launcher; else start its ranks."""
-    given = [
-        word
-        for name in ("checkpoint", "output")
-        if (value := getattr(options, name)) is not None
-        for word in (f"--{name}", str(value))
-    ]
+    given = {name: getattr(options, name) for name in ("checkpoint", "output")}
+    given = {name: value for name, value in given.items() if value is not None}
     gpus = own_gpus() if options.hostfile is None else []
+    if options.hostfile is None:
+        check_one_node(cluster)
     if options.hostfile is None and (options.ranks or len(gpus) or 1) == 1:
-        words = [EVAL_MODULE, options.recipe, *options.overrides, *given]
+        words = [EVAL_MODULE, options.recipe, *options.overrides, *option_words(given)]
         return _become(words, child_environment(os.environ, gpus))
-    return evaluate(recipe, options.recipe, options.overrides, given, cluster, module=EVAL_MODULE)
+    return evaluate(
+        recipe,
+        options.recipe,
+        options.overrides,
+        cluster,
+        options=given,
+        module=EVAL_MODULE,
+    )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -67,6 +67,7 @@ def started(
     *,
     on_start: Callable[[int], object] | None = None,
     on_stop: Callable[[], object] | None = None,
+    stopping: str = "the run saves and ends at its next step",
 ) -> Ending:
     """Start the launcher and stay until none of its processes is left; arguments as of `run_group`."""
     environ = dict(launch.environ)
@@ -80,6 +81,7 @@ def started(
             worker_module=launch.module,
             on_start=on_start,
             on_stop=on_stop,
+            stopping=stopping,
         )
 
 
@@ -141,9 +143,14 @@ def child_environment(
     return child
 
 
-def _one_node_options(cluster: Cluster, gpus: list[int]) -> list[str]:
+def check_one_node(cluster: Cluster) -> None:
+    """Refuse options that mean nothing on one machine (LaunchError)."""
     if cluster.no_ssh or cluster.node_rank is not None or cluster.master_addr:
         raise LaunchError("--no_ssh, --node_rank and --master_addr need --hostfile")
+
+
+def _one_node_options(cluster: Cluster, gpus: list[int]) -> list[str]:
+    check_one_node(cluster)
     port = ["--master_port", str(cluster.master_port or _free_port())]
     if not gpus:
         return [*port, "--num_gpus", str(cluster.ranks or 1)]

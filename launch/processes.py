@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -50,6 +51,7 @@ def run_group(
     worker_module: str,
     on_start: Callable[[int], object] | None = None,
     on_stop: Callable[[], object] | None = None,
+    stopping: str = "the run saves and ends at its next step",
     orphan_grace_s: float = ORPHAN_GRACE_S,
 ) -> Ending:
     """Start a command in its own session and stay until none of its processes is left.
@@ -63,6 +65,7 @@ def run_group(
         worker_module: workers are the processes started with `-m` and this name.
         on_start: told the number of the process group.
         on_stop: used for the first request instead of signals, where workers are on other machines.
+        stopping: what the first request leads to, in words for the user.
         orphan_grace_s: how long workers may go on saving after their launcher has died.
 
     Returns:
@@ -78,7 +81,8 @@ def run_group(
         launcher = subprocess.Popen(command, env=dict(environ), start_new_session=True)
         if on_start is not None:
             on_start(launcher.pid)
-        return _watch(launcher, requests, worker_module, on_stop, orphan_grace_s)
+        asked = partial(_first_request, worker_module, on_stop, stopping)
+        return _watch(launcher, requests, worker_module, asked, orphan_grace_s)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -111,7 +115,7 @@ def _watch(
     launcher: subprocess.Popen[bytes],
     requests: list[int],
     worker_module: str,
-    on_stop: Callable[[], object] | None,
+    asked: Callable[[list[Process]], bool],
     orphan_grace_s: float,
 ) -> Ending:
     group = launcher.pid
@@ -125,7 +129,7 @@ def _watch(
             return Ending(code, len(requests), killed)
         if len(requests) > handled:
             handled += 1
-            killed |= _pass_on(handled, group, members, worker_module, on_stop)
+            killed |= _pass_on(handled, group, members, asked)
         if code is not None:
             now = time.monotonic()
             if orphans_since is None:
@@ -141,21 +145,27 @@ def _pass_on(
     request: int,
     group: int,
     members: list[Process],
-    worker_module: str,
-    on_stop: Callable[[], object] | None,
+    asked: Callable[[list[Process]], bool],
 ) -> bool:
     """Act on one request to stop; True if processes were killed."""
-    if request == 1 and on_stop is not None:
-        print("dense2sparse: asked to stop; the run saves and ends at its next step", flush=True)
-        on_stop()
-        return False
-    if request == 1 and _signal_workers(members, worker_module, signal.SIGTERM):
-        print("dense2sparse: asked to stop; the run saves and ends at its next step", flush=True)
+    if request == 1 and asked(members):
         return False
     if request <= 2:
         _signal_group(group, signal.SIGTERM)
         return False
     _signal_group(group, signal.SIGKILL)
+    return True
+
+
+def _first_request(
+    module: str, on_stop: Callable[[], object] | None, stopping: str, members: list[Process]
+) -> bool:
+    """Ask the workers to end; False if there are none yet."""
+    if on_stop is not None:
+        on_stop()
+    elif not _signal_workers(members, module, signal.SIGTERM):
+        return False
+    print(f"dense2sparse: asked to stop; {stopping}", flush=True)
     return True
 
 

@@ -7,13 +7,13 @@ its workers were lost), so success is the run's own mark, `finished.json`, with 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def run(
         print(f"dense2sparse: all is done; the report is at {folder / 'report.html'}")
         return EXIT_DONE
     launch = prepared(cluster, module, recipe_file, overrides)
-    with _lock(folder, f".launch-{cluster.node_rank or 0}", module) as note_group:
+    with _lock(folder, cluster.node_rank or 0, module) as note_group:
         (folder / "STOP").unlink(missing_ok=True)  # asked of an earlier start
         # Ranks on other machines are out of reach of signals; they look for this file.
         on_stop = (lambda: ask_to_stop(recipe)) if launch.over_ssh else None
@@ -69,29 +69,34 @@ def evaluate(
     recipe: Recipe,
     recipe_file: str,
     overrides: list[str],
-    options: list[str],
     cluster: Cluster,
     *,
+    options: Mapping[str, str],
     module: str,
 ) -> int:
     """Run an evaluation's ranks and stay until none is left; returns the exit code.
 
     Args:
         recipe: the loaded recipe.
-        recipe_file: passed on with `overrides` and `options` (`--checkpoint FOLDER`) to every rank.
+        recipe_file: passed on with `overrides` to every rank.
+        options: of the module, `checkpoint` and `output` where they were given.
         module: started with `-m` on every rank.
 
     Raises:
         LaunchError: nothing was started.
     """
-    launch = prepared(cluster, module, recipe_file, [*overrides, *options])
-    # Other checkpoints may be measured meanwhile; ranks with the same journals may not.
-    asked = hashlib.sha256("\0".join([recipe.name, *options]).encode()).hexdigest()[:8]
-    lock = f".eval-{recipe.name}-{asked}-{cluster.node_rank or 0}"
-    with _lock(Path(recipe.output_dir), lock, module) as note_group:
-        ending = started(launch, on_start=note_group)
-    if ending.code in (EXIT_DONE, EXIT_BAD_RECIPE):
-        return ending.code  # a rank has said why
+    mark = Path(options.get("output", recipe.output_dir)).resolve() / f".evaluated-{os.getpid()}"
+    words = option_words({**options, "mark": str(mark)})
+    launch = prepared(cluster, module, recipe_file, [*overrides, *words])
+    try:
+        ending = started(launch, stopping="what was answered is kept")
+        done = ending.code == 0 and _appears(mark, MARK_WAIT_S if cluster.hostfile else 0)
+    finally:
+        mark.unlink(missing_ok=True)
+    if done:
+        return EXIT_DONE
+    if ending.code == EXIT_BAD_RECIPE:
+        return EXIT_BAD_RECIPE  # a rank has said why
     if ending.stop_requests:
         print("dense2sparse: stopped; the same command goes on with what has no answer yet")
         return EXIT_STOPPED
@@ -101,6 +106,21 @@ def evaluate(
         file=sys.stderr,
     )
     return EXIT_FAILED
+
+
+def option_words(options: Mapping[str, str]) -> list[str]:
+    """Options by name as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def _appears(mark: Path, wait_s: float) -> bool:
+    """Whether a file is there, or becomes visible on a shared file system."""
+    until = time.monotonic() + wait_s
+    while not mark.is_file():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -186,18 +206,17 @@ def _how(code: int) -> str:
 
 
 @contextmanager
-def _lock(folder: Path, name: str, module: str) -> Iterator[Callable[[int], None]]:
+def _lock(folder: Path, node_rank: int, module: str) -> Iterator[Callable[[int], None]]:
     """Keep a second launch of the same run out; the lock ends with this process.
 
-    Its file, `name`.lock in `folder`, holds the process group, since after a kill -9 of this process the
-    ranks live on.
+    Its file holds the process group, since after a kill -9 of this process the ranks live on.
 
     Yields:
         A function that notes the process group.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f"{name}.lock").open("a+")
+        file = (folder / f".launch-{node_rank}.lock").open("a+")
     except OSError as error:
         raise LaunchError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
     with file:

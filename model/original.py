@@ -59,6 +59,8 @@ def stretched(folder: Path, rope: Any, cache_dir: str | Path) -> Path:
     digest = hashlib.sha256(facts).hexdigest()[:12]
     home = Path(cache_dir).resolve() / "checkpoints"
     target = home / f"{folder.name}-{rope.type}-{rope.factor:g}-{digest}"
+    if (target / "config.json").is_file():
+        return check_folder(target)
     with lock(home):
         for left in home.glob(f".{target.name}.*"):  # of a process that was killed
             shutil.rmtree(left)
@@ -129,8 +131,8 @@ def check_rows(recipe: Any, window: int | None) -> None:
     for key, length in rows.items():
         if window is not None and length > window:
             raise ValueError(
-                f"{key}={length} is above the checkpoint's window of {window}: lower it, or set model.rope="
-                f"{{type: yarn, factor: {-(-length // window)}}}"
+                f"{key}={length} is above the checkpoint's window of {window}: lower it, or stretch the "
+                "window with model.rope"
             )
 
 

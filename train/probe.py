@@ -27,6 +27,7 @@ from ..eval.prepare import Prompts, load, prepare
 from ..eval.ruler import Sample, check_lengths, encode
 from ..eval.ruler_corpus import PUBLIC_DOMAIN, read_corpus
 from ..eval.ruler_score import score_record, settled
+from ..model.original import positions
 from .checkpoint import random_state, restore_random_state
 from .context import RunContext
 from .files import read_json, write_json
@@ -154,9 +155,9 @@ def probe_prompts(context: RunContext, source: Path) -> ProbePrompts | None:
     every, length = context.recipe.train.probe_every, context.recipe.data.row_len
     if every is None:
         return None
-    config = AutoConfig.from_pretrained(source).get_text_config()
+    window = positions(AutoConfig.from_pretrained(source))["window"]
     try:
-        check_lengths([length], getattr(config, "max_position_embeddings", None))
+        check_lengths([length], window)
     except ValueError as error:
         raise ValueError(
             f"train.probe_every={every} asks prompts as long as data.row_len, but {error}"

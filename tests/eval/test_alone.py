@@ -113,3 +113,24 @@ def test_newest_checkpoint_is_measured_only_by_the_stages_behind_it():
     recipe.stages = recipe.stages[:3]
     with pytest.raises(ValueError, match="no evaluation stage behind the newest checkpoint"):
         run.stages_to_run(recipe, 2)
+
+
+def test_a_mistake_on_one_rank_alone_is_told_too(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(run, "_SECONDS_FOR_RANK_0", 0)
+    mark = tmp_path / "mark"
+    given = ["--checkpoint", str(tmp_path / "gone"), "--mark", str(mark)]
+    assert run.main([str(recipe), f"output_dir={tmp_path}", *given]) == 2
+    assert capsys.readouterr().err.startswith("error on rank 1: --checkpoint ")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(("own", "kept"), [(True, "new"), (False, "old")])
+def test_a_folder_of_evaluations_is_described_by_the_newest(
+    recipe, tmp_path, monkeypatch, own, kept
+):
+    for commit in ("old", "new"):
+        monkeypatch.setattr("dense2sparse.eval.commit.repository_commit", lambda said=commit: said)
+        run._describe(tmp_path, load(recipe, [f"train.seed={len(commit)}"]), own_folder=own)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["commit"] == kept

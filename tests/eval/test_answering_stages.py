@@ -62,7 +62,7 @@ def stage_of(context, kind):
 def test_ruler_scores_every_arm_on_the_same_prompts(context):
     logged = {}
     ctx = context(log=logged.update)
-    result = stages.run_ruler(ctx, stage_of(ctx, "ruler"))
+    result = stages.run_stage(ctx, stage_of(ctx, "ruler"))
     assert result["label"] == "ruler-pd, not comparable with published scores"
     assert list(result["arms"]) == [
         "original_dense",
@@ -104,7 +104,7 @@ def test_longbench_is_answered_and_scored_where_records_lie(context, tmp_path, m
     changed = [stage if known.kind == "longbench" else known for known in ctx.recipe.stages]
     logged = {}
     ctx = context(recipe=ctx.recipe.model_copy(update={"stages": changed}), log=logged.update)
-    result = stages.run_longbench(ctx, stage)
+    result = stages.run_stage(ctx, stage)
     assert result["measured"] and [one["task"] for one in result["missing"]] == ["trec"]
     assert len(result["arms"]) == 4 and len(result["comparisons"]) == 5
     arm = result["arms"]["converted_sparse-k4"]

@@ -201,6 +201,19 @@ def test_a_kill_at_any_byte_costs_at_most_the_last_record(tmp_path):
         assert path.read_bytes() == content
 
 
+def test_a_journal_has_one_writer(tmp_path):
+    path = journal_path(tmp_path, 0, 1)
+    with Journal(path) as journal:
+        journal.append({"id": "a"})
+        with pytest.raises(
+            ValueError, match="another evaluation is writing to .*rank-0-of-1.jsonl"
+        ):
+            Journal(path)
+        journal.append({"id": "b"})
+    with Journal(path) as journal:
+        assert [record["id"] for record in journal.records] == ["a", "b"]
+
+
 def test_line_separators_inside_text_stay_one_record(tmp_path):
     text = "a\u2028b\x85c\rd\ne"
     with Journal(tmp_path / "rank-0-of-1.jsonl") as journal:

@@ -130,7 +130,7 @@ def test_unchanged_answers_are_not_called_no_loss(made_up_run):
     entry["lost"] = {"estimate": 0.0, "low": 0.0, "high": 0.0, "samples": 6, "confidence": 0.95}
     path.write_text(json.dumps(result), encoding="utf-8")
     page = write_report(made_up_run)["markdown"].read_text(encoding="utf-8")
-    assert "no answer changed (up to 39 % could)" in page
+    assert "no score changed (up to 39 % could)" in page
     assert (
         "the converted model has the same score on every prompt of RULER niah_single_1 at 1K tokens "
         "(6 paired answers; up to 39 % could change)" in page

@@ -91,6 +91,11 @@ def test_all_arms_answer_above_the_old_window_and_say_by_what_factor(home, tmp_p
     assert recipe["model"]["rope"] == {"type": "yarn", "factor": 2.0, "original_window": None}
 
 
+def test_rows_above_the_window_are_refused(home, tmp_path, capsys):
+    assert measure(home, "converted", tmp_path, "data.row_len=1024") == 2
+    assert "data.row_len=1024 is above the checkpoint's window of 512" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("factor", [1, 0.5, "four"])
 def test_a_factor_that_stretches_nothing_is_refused_by_the_recipe(home, factor):
     tree = yaml.safe_load((home / "recipe.yaml").read_text())

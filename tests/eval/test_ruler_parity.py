@@ -13,6 +13,7 @@ import json
 import runpy
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dense2sparse.eval.ruler import Generator
 from dense2sparse.eval.ruler_corpus import read_corpus
+from dense2sparse.eval.ruler_material import DoesNotFit
 from dense2sparse.eval.ruler_punkt import PunktModel, sentences
 from dense2sparse.eval.ruler_tasks import TASKS
 from dense2sparse.eval.sources import PUNKT_WHEEL, SourceUnavailable, fetch_wheel
@@ -185,6 +187,24 @@ def test_parity_command_tells_the_first_difference():
         ["same", "some"], ["same", "sole!"]
     )
     assert difference(["same"], []) == "DIFFERS: 1 samples, 0 in the original"
+
+
+def test_parity_command_leaves_out_what_cannot_be_made_and_tells_what_failed(monkeypatch):
+    compare = PARITY["compare"]
+    asked = SimpleNamespace(cache_dir=CACHE, samples=1)
+
+    def refuse(*_, **__):
+        raise DoesNotFit("too short")
+
+    monkeypatch.setitem(compare.__globals__, "read_corpus", refuse)
+    assert compare(None, None, asked, "qa_2", 1024) == ("left out: too short", None)
+    made = [SimpleNamespace(prompt="one", references=[], num_tokens=1)]
+    generator = SimpleNamespace(samples=lambda *_: made)
+    monkeypatch.setitem(compare.__globals__, "read_corpus", lambda *_, **__: None)
+    monkeypatch.setitem(compare.__globals__, "Generator", lambda *_, **__: generator)
+    for theirs, equal in (("one[]", True), ("two[]", False)):
+        original = SimpleNamespace(prompts=lambda *_, said=theirs: [said])
+        assert compare(original, None, asked, "vt", 1024)[1] is equal
 
 
 def test_parity_command_refuses_other_scripts(tmp_path, capsys):

@@ -177,7 +177,7 @@ def test_probe_gives_the_ceiling_by_layer_and_budget(context):
     ctx = context()
     logged = {}
     ctx = context(log=logged.update)
-    result = stages.run_probe(ctx, stage_of(ctx, "probe"))
+    result = stages.run_stage(ctx, stage_of(ctx, "probe"))
     few, many = result["budgets"]
     assert (few["top_k"], many["top_k"]) == (2, 4)
     assert few["layers"]["oracle_coverage"].keys() == {"1"}, "layer 0 is dense"

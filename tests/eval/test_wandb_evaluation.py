@@ -318,7 +318,21 @@ def test_perplexity_tables_go_by_position():
     tables = stage_tables(result, {})
     assert tables["positions"].rows == [("y", 128, 256, 3, 300, 9.0, 2.2)]
     assert [row[3:6] for row in tables["comparisons"].rows] == [(None, None, 1.5), (128, 256, 2.5)]
-    assert curves(result) == {"eval/perplexity/change_pct/budget_cost/y": 1.5}
+    assert curves(result) == {
+        "eval/perplexity/y": 10.0,
+        "eval/perplexity/change_pct/budget_cost/y": 1.5,
+    }
+
+
+def test_curves_of_the_probe_are_its_coverage_and_its_needles():
+    needles = {"task": "niah_single_2", "scores": {"converted_oracle-k4": {"1024": 75.0}}}
+    budgets = [{"top_k": 4, "mean": {"oracle_coverage": 0.9}}, {"top_k": 8, "mean": {}}]
+    result = {"kind": "probe", "budgets": budgets, "needles": needles}
+    assert curves(result) == {
+        "eval/probe/oracle_coverage/k4": 0.9,
+        "eval/probe/1k/niah_single_2/converted_oracle-k4": 75.0,
+    }
+    assert list(curves({**result, "needles": None})) == ["eval/probe/oracle_coverage/k4"]
 
 
 def test_longbench_categories_are_listed_by_suite():

@@ -199,24 +199,65 @@ def test_decode_equals_the_last_row_of_the_whole(case):
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_error_in_low_precision_stays_within_twice_that_of_plain_torch(dtype, kind):
     torch.manual_seed(0)
-    exact = [torch.randn(1, heads, 200, 32, dtype=torch.float64) for heads in (6, 2, 2)]
-    low = [tensor.to(dtype) for tensor in exact]
-    exact = [tensor.double() for tensor in low]
+    low = [torch.randn(1, heads, 200, 32).to(dtype) for heads in (6, 2, 2)]
+    upstream = torch.randn(1, 6, 200, 32).to(dtype)
     ids = None
     if kind == "sparse":
         index = torch.randn(1, 3, 200, 16)
         ids = ops.select_blocks(index[:, :2], index[:, 2:], block_size=16, top_k=4)
-    truth, _ = reference.sparse_attention(*exact, ids, block_size=16)
-    if kind == "dense":
-        ours, _ = ops.dense_attention(*low)
-    else:
-        ours, _ = ops.sparse_attention(*low, ids, block_size=16)
-    support = reference._support(200, 200, 16, ids, None, 0, truth.device)
-    q, k, v = low
-    scores = (q.unflatten(1, (2, -1)) @ k.unsqueeze(2).transpose(-1, -2) * 32**-0.5).to(dtype)
-    plain = scores.masked_fill(~support.unsqueeze(2), -math.inf).softmax(-1) @ v.unsqueeze(2)
-    bound = 2 * (plain.flatten(1, 2) - truth).abs().max() + 2 * torch.finfo(dtype).eps
-    assert (ours - truth).abs().max() <= bound
+    support = reference._support(200, 200, 16, ids, None, 0, upstream.device)
+
+    def plain(q, k, v):
+        scores = (q.unflatten(1, (2, -1)) @ k.unsqueeze(2).transpose(-1, -2) * 32**-0.5).to(dtype)
+        weights = scores.masked_fill(~support.unsqueeze(2), -math.inf).softmax(-1)
+        return (weights @ v.unsqueeze(2)).flatten(1, 2)
+
+    def ours(q, k, v):
+        if ids is None:
+            return ops.dense_attention(q, k, v)[0]
+        return ops.sparse_attention(q, k, v, ids, block_size=16)[0]
+
+    def with_gradients(attend, inputs):
+        inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+        out = attend(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+
+    truth = with_gradients(
+        lambda *inputs: reference.sparse_attention(*inputs, ids, block_size=16)[0],
+        [tensor.double() for tensor in low],
+    )
+    found, usual = with_gradients(ours, low), with_gradients(plain, low)
+    for exact, one, other in zip(truth, found, usual, strict=True):
+        rounding = 4 * torch.finfo(dtype).eps * max(1.0, float(exact.abs().max()))
+        bound = 2 * (other - exact).abs().max() + rounding
+        assert (one - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("strided", ["q", "k", "v", "all"])
+def test_inputs_of_any_strides_give_the_definition(kind, strided):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 50, 8) for heads in (4, 2, 2))
+    ids = None
+    if kind == "sparse":
+        index = torch.randn(2, 3, 50, 8)
+        ids = ops.select_blocks(index[:, :2], index[:, 2:], block_size=4, top_k=3)
+    inputs = [
+        x.mT.contiguous().mT if strided in (name, "all") else x
+        for name, x in zip("qkv", (q, k, v), strict=True)
+    ]
+    found, gradients = [], []
+    for backend in ("torch", "reference"):
+        ones = [x.detach().requires_grad_() for x in inputs]
+        if ids is None:
+            out, lse = ops.dense_attention(*ones, backend=backend)
+        else:
+            out, lse = ops.sparse_attention(*ones, ids, block_size=4, backend=backend)
+        found.append((out.detach(), lse.detach()))
+        upstream = torch.linspace(-1, 1, out.numel()).view(2, 4, 8, 50).mT
+        gradients.append(torch.autograd.grad(out, ones, upstream))
+    for one, other in zip(found[0] + gradients[0], found[1] + gradients[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_as_large_as_queries_by_keys_is_kept():

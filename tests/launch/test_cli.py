@@ -167,34 +167,55 @@ def test_an_evaluation_in_one_process_needs_no_launcher(
 
 
 @pytest.mark.parametrize(
-    ("code", "stop_requests", "expected"), [(0, 0, 0), (2, 0, 2), (-15, 1, 75), (247, 0, 1)]
+    ("code", "stop_requests", "marked", "expected"),
+    [
+        (0, 0, True, 0),
+        (0, 0, False, 1),  # the launcher also says 0 of ranks that were lost
+        (2, 0, False, 2),
+        (-15, 1, False, 75),
+        (247, 0, False, 1),
+    ],
 )
-def test_an_evaluation_on_several_ranks_goes_through_the_launcher(
+def test_an_evaluation_on_several_ranks_goes_through_the_launcher_and_wants_their_mark(
     code: int,
     stop_requests: int,
+    marked: bool,
     expected: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     started = []
+
+    def launch(command: list[str], environ: dict[str, str], **_: object) -> Ending:
+        started.append(command)
+        if marked:
+            Path(command[-1]).touch()
+        return Ending(code, stop_requests, killed=False)
+
     for module in (cli, launcher):
         monkeypatch.setattr(module, "own_gpus", list)
-    monkeypatch.setattr(
-        launcher,
-        "run_group",
-        lambda command, environ, **_: (
-            started.append(command) or Ending(code, stop_requests, killed=False)
-        ),
-    )
+    monkeypatch.setattr(launcher, "run_group", launch)
     out = f"output_dir={tmp_path}"
     assert cli.main(["eval", QUICKSTART, "--ranks", "2", "--checkpoint", "folder", out]) == expected
     command = started[0]
     assert command[command.index("--num_gpus") + 1] == "2"
     started_with = ["--module", "dense2sparse.eval.run"]
-    assert command[-6:] == [*started_with, QUICKSTART, out, "--checkpoint", "folder"]
+    assert command[-8:-1] == [*started_with, QUICKSTART, out, "--checkpoint", "folder", "--mark"]
+    assert not list(tmp_path.iterdir()), "the mark is removed"
     error = capsys.readouterr().err
-    assert ("a rank was ended by signal 9" in error) == (expected == 1)
+    assert ("did not finish" in error) == (expected == 1)
+
+
+def test_an_evaluation_in_one_process_takes_no_options_of_a_cluster(
+    handed_over: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "own_gpus", list)
+    assert cli.main(["eval", QUICKSTART, "--node_rank", "3"]) == 2
+    assert "--node_rank and --master_addr need --hostfile" in capsys.readouterr().err
+    assert not handed_over
 
 
 def test_options_with_a_value_are_those_of_the_modules() -> None:
