@@ -152,7 +152,7 @@ class TiledAttention(torch.autograd.Function):
         for part in parts:
             keys, values = (x[part.rows, :, part.keys].flatten(0, 1) for x in (k, v))
             q_part, out_part, lse_part = (x[part.rows, :, part.queries] for x in (q, out, lse))
-            for tile in _attention_tiles(q, block_ids, block_size, part, groups):
+            for tile in _attention_tiles(q, block_ids, block_size, part):
                 queries, seen = (slice(None), slice(None), tile.queries), slice(0, tile.num_keys)
                 attended, total = attend(
                     _by_group(q_part[queries], groups),
@@ -179,7 +179,7 @@ class TiledAttention(torch.autograd.Function):
             by_query = [x[part.rows, :, part.queries] for x in (grad_out, q, out, lse)]
             grad_q_part = grad_q[part.rows, :, part.queries]
             grad_k_part, grad_v_part = (x[part.rows, :, part.keys] for x in (grad_k, grad_v))
-            for tile in _attention_tiles(q, block_ids, ctx.block_size, part, groups):
+            for tile in _attention_tiles(q, block_ids, ctx.block_size, part):
                 queries, seen = (slice(None), slice(None), tile.queries), slice(0, tile.num_keys)
                 grads = back(
                     [_by_group(x[queries], groups) for x in by_query],
@@ -204,7 +204,7 @@ class _Tile:
     """(B G or 1, 1, t, num_keys) bool: keys a query does not see; None: those after it, t = num_keys."""
 
 
-def _attention_tiles(q, block_ids, block_size, part, groups) -> Iterator[_Tile]:
+def _attention_tiles(q, block_ids, block_size, part) -> Iterator[_Tile]:
     """Tiles of one piece; a whole document without a selection is one tile of torch's kernel."""
     num_queries = part.queries.stop - part.queries.start
     num_keys = part.offset + num_queries
