@@ -14,8 +14,9 @@ def raised_here(error: BaseException) -> bool:
         trace = trace.tb_next
     if trace is None:
         return False
-    file = Path(trace.tb_frame.f_code.co_filename)
-    if not file.is_relative_to(_PACKAGE):
+    named = Path(trace.tb_frame.f_code.co_filename)
+    file = named.resolve()  # as _PACKAGE: it may have been imported through a link
+    if not named.is_absolute() or not file.is_relative_to(_PACKAGE):  # `<string>` is no file
         return False
     return "site-packages" not in file.relative_to(_PACKAGE).parts  # a .venv inside the checkout
 

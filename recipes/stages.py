@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .section import Section
 
@@ -75,6 +75,18 @@ NOT_IN_LONGBENCH_E = (
     "passage_retrieval_zh",
 )
 """What `eval/longbench_tasks.py` knows; a test compares them."""
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    """Refuse a list that names something twice: results are kept by these names."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"names {value} twice: name it once")
+    return values
+
+
+Once = AfterValidator(_each_once)
+Arms = Annotated[list[Arm], Field(min_length=1), Once]
 
 
 class Schedule(Section):
@@ -169,7 +181,7 @@ class ProbeStage(Section):
     """Oracle probe, training-free: what the dense checkpoint would keep at each top-k."""
 
     kind: Literal["probe"]
-    top_k: list[int] = Field(default_factory=list)
+    top_k: Annotated[list[int], Once] = Field(default_factory=list)
     """Budgets to probe; default sparsity.top_k."""
     rows: int = Field(2, ge=1)
     """Held-out rows for coverage and perplexity."""
@@ -183,9 +195,9 @@ class PerplexityStage(Section):
     kind: Literal["perplexity"]
     rows: int = Field(8, ge=1)
     """Held-out rows of data.row_len tokens."""
-    top_k: list[int] = Field(default_factory=list)
+    top_k: Annotated[list[int], Once] = Field(default_factory=list)
     """Budgets of the sparse and oracle arms; default sparsity.top_k."""
-    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
+    arms: Arms = Field(list(ALL_ARMS))
     """Arms to measure."""
 
 
@@ -193,17 +205,19 @@ class RulerStage(Section):
     """RULER tasks on stored prompts, the same ones in every arm."""
 
     kind: Literal["ruler"]
-    tasks: list[RulerTask] = Field(default_factory=list)
+    tasks: Annotated[list[RulerTask], Once] = Field(default_factory=list)
     """Task names; default all 13, of which `ruler-pd` has no qa_1 and qa_2."""
     preset: Literal["smoke", "quick", "paper"] | None = None
     """Lengths and samples in one word (RULER_PRESETS); `lengths` and `samples` go before it."""
-    lengths: list[Annotated[int, Field(ge=512, le=1 << 20)]] = Field([4096], min_length=1)
+    lengths: Annotated[
+        list[Annotated[int, Field(ge=512, le=1 << 20)]], Field(min_length=1), Once
+    ] = [4096]
     """Prompt plus generation lengths in tokens, chat template included."""
     samples: int = Field(50, ge=1)
     """Prompts per task and length."""
-    top_k: list[int] = Field(default_factory=list)
+    top_k: Annotated[list[int], Once] = Field(default_factory=list)
     """Budgets of the sparse and oracle arms; default sparsity.top_k."""
-    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
+    arms: Arms = Field(list(ALL_ARMS))
     """Arms to measure."""
     corpus: Literal["ruler-pd", "nvidia"] = "ruler-pd"
     """Text of the prompts: public-domain, not comparable with published scores; or the benchmark's own."""
@@ -246,9 +260,9 @@ class LongbenchStage(Section):
     """
 
     kind: Literal["longbench"]
-    suites: list[Literal["v1", "e", "v2"]] = Field(["v1"], min_length=1)
+    suites: Annotated[list[Literal["v1", "e", "v2"]], Field(min_length=1), Once] = ["v1"]
     """`v1`: 21 tasks; `e`: LongBench-E, 13 tasks by length; `v2`: 503 four-choice questions."""
-    tasks: list[LongbenchTask] = Field(default_factory=list)
+    tasks: Annotated[list[LongbenchTask], Once] = Field(default_factory=list)
     """Tasks of v1 and e, without `_e`; default all of them."""
     folder: str | None = None
     """Folder with the data set's files (<task>.jsonl, data/, data.zip, data.json); default the hub."""
@@ -259,9 +273,9 @@ class LongbenchStage(Section):
     """At most this many records per task, drawn by `seed`; default all, as published scores need."""
     chat: bool | None = None
     """Chat template on the tasks that the reference gives one; default where the tokenizer has one."""
-    top_k: list[int] = Field(default_factory=list)
+    top_k: Annotated[list[int], Once] = Field(default_factory=list)
     """Budgets of the sparse and oracle arms; default sparsity.top_k."""
-    arms: list[Arm] = Field(list(ALL_ARMS), min_length=1)
+    arms: Arms = Field(list(ALL_ARMS))
     """Arms to measure."""
     seed: int = Field(42, ge=0)
     """Seed of the draw where `samples` is set."""

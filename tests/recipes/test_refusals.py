@@ -133,6 +133,14 @@ def test_tiny_recipe_itself_is_good(tmp_path: Path) -> None:
         ("stages.4.seed=-1", "stages.4.seed=-1: must be at least 0"),
         ("train.seed=-1", "train.seed=-1: must be at least 0"),
         ("train.seed=.nan", "override 'train.seed=.nan': .nan is not a finite number"),
+        # names of results, each to be had once
+        ("stages.0.top_k=[4,3,4]", "stages.0.top_k: names 4 twice: name it once"),
+        ("stages.3.top_k=[4,4]", "stages.3.top_k: names 4 twice"),
+        ("stages.3.arms=[original_dense,original_dense]", "stages.3.arms: names original_dense tw"),
+        ("stages.4.lengths=[768,1024,768]", "stages.4.lengths: names 768 twice: name it once"),
+        ("stages.4.tasks=[vt,vt]", "stages.4.tasks: names vt twice"),
+        ("stages=[{kind: longbench, suites: [e, e]}]", "stages.0.suites: names e twice"),
+        ("stages=[{kind: longbench, tasks: [trec, trec]}]", "stages.0.tasks: names trec twice"),
         # execution
         ("execution.backend=cuda", 'execution.backend="cuda": must be one of auto, triton, torch'),
         ("execution.index_precision=fp4", 'index_precision="fp4": must be one of input, fp8'),
