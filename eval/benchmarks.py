@@ -48,10 +48,10 @@ def run_ruler(ctx: EvalContext, stage: RulerStage) -> dict[str, Any]:
     runs = arm_runs(stage.arms, ctx.budgets(stage))
     options = {name: getattr(stage, name) for name in _RULER_OPTIONS}
     prompts = ruler_prompts(ctx, tasks, stage.lengths, stage.samples, **options)
-    folders = answers(ctx, "ruler", prompts, runs)
+    folders = answers(ctx, "ruler", prompts, runs) if prompts.samples else {}
 
     def make() -> dict[str, Any]:
-        return {
+        head = {
             "label": prompts.label,
             "corpus": stage.corpus,
             "prompts": prompts.digest,
@@ -60,8 +60,11 @@ def run_ruler(ctx: EvalContext, stage: RulerStage) -> dict[str, Any]:
             "tasks": tasks,
             "skipped": prompts.skipped,
             "block_size": ctx.geometry().block_size,
-            **results(ctx, "ruler", stage, prompts, folders)[0],
         }
+        if not folders:
+            reason = "; ".join(skipped_reasons(prompts))
+            return {**head, "measured": False, "reason": reason}
+        return {**head, "measured": True, **results(ctx, "ruler", stage, prompts, folders)[0]}
 
     return ctx.finish("ruler", stage, make)
 
@@ -194,8 +197,15 @@ def ruler_prompts(
     if made is None:
         name = json.loads(note.read_text(encoding="utf-8"))["folder"]
         made = load(home / name, tokenizer)
+    for reason in skipped_reasons(made):
+        ctx.say(f"ruler: left out: {reason}")
     ctx.barrier()
     return made
+
+
+def skipped_reasons(prompts: Prompts) -> list[str]:
+    """Why tasks have no prompts, each reason once: what a corpus lacks, it lacks at every length."""
+    return list(dict.fromkeys(entry["reason"] for entry in prompts.skipped))
 
 
 def _longbench_prompts(

@@ -14,6 +14,7 @@ import pytest
 from dense2sparse.eval import benchmarks, models, score, stages
 from dense2sparse.eval.longbench_templates import Template
 from dense2sparse.eval.ruler_corpus import PUBLIC_DOMAIN, Corpus
+from dense2sparse.eval.wandb_tables import stage_tables
 
 HERE = Path(__file__).parent
 LONGBENCH_ROWS = runpy.run_path(str(HERE / "longbench_rows.py"))
@@ -81,6 +82,26 @@ def test_ruler_scores_every_arm_on_the_same_prompts(context):
     assert texts["original_dense"] == texts["converted_dense"] == texts["converted_sparse-k64"]
     assert texts["converted_dense"] == texts["converted_oracle-k64"]
     assert "eval/ruler/512/niah_single_1/converted_sparse-k4" in logged
+
+
+def test_ruler_tasks_that_do_not_fit_are_told_and_a_stage_of_them_is_not_measured(
+    context, ruler_like_words, works, monkeypatch, capsys
+):
+    long = {
+        family: replace(template, new_tokens=600)
+        for family, template in ruler_like_words.templates.items()
+    }
+    corpus = Corpus(PUBLIC_DOMAIN, replace(ruler_like_words, templates=long), works)
+    monkeypatch.setattr(benchmarks, "read_corpus", lambda name, cache, **wanted: corpus)
+    monkeypatch.setattr(models, "load", None)
+    ctx = context()
+    result = stages.run_stage(ctx, stage_of(ctx, "ruler"))
+    reason = "niah_single_1 needs 600 tokens in its smallest form, 512 are given"
+    assert (result["measured"], result["reason"]) == (False, reason)
+    assert result["skipped"] == [{"task": "niah_single_1", "length": 512, "reason": reason}]
+    assert f"ruler: left out: {reason}" in capsys.readouterr().out
+    assert not list(ctx.run_dir.rglob("predictions*")), "no empty predictions"
+    assert stage_tables(result, {}) == {}
 
 
 def test_longbench_without_records_is_recorded_as_not_measured(context):
