@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 check_same_recipe(run_dir, recipe)
             converted, trained = newest_checkpoint(run_dir)
         numbers = stages_to_run(recipe, trained)
-        run_stages(_context(recipe, options, converted, rank), numbers)
+        run_stages(_context(recipe, options, converted, numbers), numbers)
     except (ValueError, OSError) as error:
         said = sentence(error)
         if said is None:
@@ -147,8 +147,8 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, int]:
     return found, int(number) if number.isdigit() else -1
 
 
-def check_same_recipe(run_dir: Path, recipe: Any) -> None:
-    """Refuse to write results of another recipe into a run's folder.
+def check_same_recipe(run_dir: Path, recipe: Any, *, but: tuple[str, ...] = ()) -> None:
+    """Refuse to write results of another recipe into a run's folder; `but`: sections that may differ.
 
     Raises:
         ValueError: one sentence with the first key that decides results and differs.
@@ -160,12 +160,42 @@ def check_same_recipe(run_dir: Path, recipe: Any) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): start the run again") from error
-    different = first_difference(before, resolved(recipe), _decides)
+
+    def counts(key: str) -> bool:
+        return _decides(key) and key.split(".")[0] not in but
+
+    different = first_difference(before, resolved(recipe), counts)
     if different is not None:
         raise ValueError(
             f"{run_dir} belongs to another recipe ({different}): give the recipe it was made with, or "
             "name another folder with --output"
         )
+
+
+def check_own_folder(run_dir: Path, recipe: Any, checkpoint: str) -> None:
+    """Refuse to put results into a folder of something else: its report would present both as one.
+
+    Args:
+        checkpoint: fingerprint of what is to be measured.
+
+    Raises:
+        ValueError: the folder is a training run's, or has results of another checkpoint, model, data or
+            precision.
+    """
+    if (run_dir / "run.json").is_file() and run_dir != Path(
+        recipe.output_dir
+    ).resolve() / recipe.name:
+        raise ValueError(
+            f"--output {run_dir} is the folder of another run: name a folder of its own"
+        )
+    for file in sorted(run_dir.glob("eval/*/stage-*.json")):
+        known = json.loads(file.read_text(encoding="utf-8")).get("checkpoint")
+        if known not in (None, checkpoint):
+            raise ValueError(
+                f"{run_dir} holds results of another checkpoint ({known[:8]}, now {checkpoint[:8]}): name "
+                "another folder with --output"
+            )
+    check_same_recipe(run_dir, recipe, but=("stages", "sparsity"))
 
 
 def _decides(key: str) -> bool:
@@ -174,18 +204,22 @@ def _decides(key: str) -> bool:
     return inside and key not in _DECIDES_NOTHING
 
 
-def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: int) -> EvalContext:
+def _context(
+    recipe: Any, options: argparse.Namespace, converted: Path, numbers: Sequence[int]
+) -> EvalContext:
+    rank = int(os.environ.get("RANK", "0"))
     run_dir = Path(recipe.output_dir).resolve() / recipe.name
     if not (converted / "config.json").is_file():
         raise ValueError(
             f"--checkpoint {converted} holds no config.json: give a converted model's folder"
         )
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     from ..model.convert import is_converted
     from ..model.original import check_positions, check_rows, positions
+    from .checks import check_stages, read_sources
     from .context import EvalContext
     from .models import checkpoint_fingerprint
 
@@ -198,13 +232,21 @@ def _context(recipe: Any, options: argparse.Namespace, converted: Path, rank: in
         run_dir = options.output.resolve()
     elif options.checkpoint:
         run_dir = run_dir.with_name(f"{recipe.name}-eval-{checkpoint_fingerprint(converted)[:8]}")
+    own_folder = bool(options.checkpoint or options.output)
+    if own_folder:
+        check_own_folder(run_dir, recipe, checkpoint_fingerprint(converted))
     device, barrier = _join_ranks(torch)
     original = _original(recipe, run_dir, rank, barrier)
     check_positions(original, converted)
-    check_rows(recipe, positions(AutoConfig.from_pretrained(original))["window"])
+    window = positions(AutoConfig.from_pretrained(original))["window"]
+    check_rows(recipe, window)
+    check_stages(recipe, window, numbers)
     precise = recipe.train.precision == "fp32"
     if rank == 0:
-        _describe(run_dir, recipe, own_folder=bool(options.checkpoint or options.output))
+        tokenizer = AutoTokenizer.from_pretrained(original)
+        for said in read_sources(recipe, tokenizer, window, numbers):
+            print(said, flush=True)
+        _describe(run_dir, recipe, own_folder=own_folder)
     return EvalContext(
         recipe=recipe,
         run_dir=run_dir,
@@ -274,6 +316,8 @@ def _describe(run_dir: Path, recipe: Any, *, own_folder: bool) -> None:
     from .records import write_json
 
     newest = own_folder and not (run_dir / "run.json").is_file()
+    if newest:
+        _drop_stale(run_dir, recipe)
     if newest or not (run_dir / "recipe.json").is_file():
         write_json(run_dir / "recipe.json", resolved(recipe))
     if newest or not (run_dir / "environment.json").is_file():
@@ -282,6 +326,15 @@ def _describe(run_dir: Path, recipe: Any, *, own_folder: bool) -> None:
         date = datetime.now(UTC).isoformat(timespec="seconds")
         environment = {"date": date, "commit": repository_commit(), "packages": packages}
         write_json(run_dir / "environment.json", environment)
+
+
+def _drop_stale(run_dir: Path, recipe: Any) -> None:
+    """Remove results of stages that the recipe has not: answers stay, so they can be made again."""
+    named = {f"{stage.kind}/stage-{number}.json" for number, stage in enumerate(recipe.stages)}
+    for file in sorted(run_dir.glob("eval/*/stage-*.json")):
+        if f"{file.parent.name}/{file.name}" not in named:
+            print(f"removed {file}: the recipe has no such stage", flush=True)
+            file.unlink()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -300,6 +353,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") == "0":  # it holds the wandb run, which is to be closed
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_STOPPED))
+    for asked in (signal.SIGTERM, signal.SIGINT):  # the wandb run is closed, and no traceback told
+        signal.signal(asked, lambda number, frame: sys.exit(_STOPPED))
     sys.exit(main())

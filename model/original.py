@@ -114,7 +114,7 @@ def check_positions(original: Path, converted: Path) -> None:
     if here != there:
         raise ValueError(
             f"{converted} was made with other positions ({_said(there)}) than the recipe's original "
-            f"({_said(here)}): set model.rope as that checkpoint was made"
+            f"({_said(here)}): set model.rope as that checkpoint was made, or convert anew"
         )
 
 

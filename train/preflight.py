@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +55,14 @@ def report(recipe: Any, *, ranks: int | None = None) -> list[str]:
     """
     import torch
 
+    from ..eval.checks import check_stages, read_sources
     from .start import find_original
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = ranks or max(1, torch.cuda.device_count())
     original = find_original(recipe)
     sizes, tokenizer, window = _read(recipe, original)
-    _check_prompts(recipe, window)
+    check_stages(recipe, window)
     lines = [
         f"checkpoint   {original}",
         f"parameters   {sizes.backbone / 1e6:,.1f} M backbone, {sizes.index / 1e6:,.2f} M index branch",
@@ -72,7 +71,7 @@ def report(recipe: Any, *, ranks: int | None = None) -> list[str]:
         f"ranks        {ranks}, ZeRO stage {zero_stage(recipe)}, {recipe.train.precision}",
     ]
     lines += _data_lines(recipe, tokenizer, ranks)
-    lines += _prompt_lines(recipe, tokenizer, window)
+    lines += [f"prompts      {said}" for said in read_sources(recipe, tokenizer, window)]
     lines += _stage_lines(recipe, sizes, ranks, device)
     return lines + _disk_lines(recipe, sizes)
 
@@ -92,94 +91,6 @@ def _read(recipe: Any, original: Path) -> tuple[Sizes, Any, int | None]:
     window = positions(config)["window"]
     check_rows(recipe, window)
     return converted_sizes(config, recipe.sparsity, name=str(original)), tokenizer, window
-
-
-def _check_prompts(recipe: Any, window: int | None) -> None:
-    """Refuse evaluation stages whose prompts cannot be made or do not fit the window (ValueError)."""
-    from ..eval.longbench import check_max_length
-    from ..eval.ruler import check_lengths, check_tasks
-
-    for number, stage in enumerate(recipe.stages):
-        lengths = []
-        if stage.kind == "ruler":
-            check_tasks(stage.tasks)
-            lengths = stage.lengths
-        elif stage.kind == "probe" and stage.needles:
-            lengths = [recipe.data.row_len]
-        with _stage_named(number, stage):
-            check_lengths(lengths, window)
-            if stage.kind == "longbench":
-                check_max_length(stage.max_length, window)
-
-
-def _prompt_lines(recipe: Any, tokenizer: Any, window: int | None) -> list[str]:
-    """Read what the benchmarks' prompts are made of, as the stages will; wheels are fetched.
-
-    Raises:
-        ValueError: a source that a stage cannot do without; the message names the command that gets it.
-    """
-    lines = []
-    for number, stage in enumerate(recipe.stages):
-        with _stage_named(number, stage):
-            if stage.kind == "ruler":
-                lines.append(f"prompts      stage {number}: {_ruler_source(recipe, stage)}")
-            elif stage.kind == "longbench":
-                said = _longbench_sources(recipe, stage, tokenizer, window)
-                lines += [f"prompts      stage {number}: {one}" for one in said]
-    return lines
-
-
-def _ruler_source(recipe: Any, stage: Any) -> str:
-    from ..eval.ruler import check_tasks
-    from ..eval.ruler_corpus import read_corpus
-
-    tasks = check_tasks(stage.tasks)
-    wanted: dict[str, Any] = {"tasks": tasks, "lengths": stage.lengths, "parity": stage.parity}
-    corpus = read_corpus(stage.corpus, recipe.data.cache_dir, **wanted)
-    without = [task for task in tasks if corpus.lacks(task)]
-    return f"corpus {corpus.name} read" + (f", without {', '.join(without)}" if without else "")
-
-
-def _longbench_sources(recipe: Any, stage: Any, tokenizer: Any, window: int | None) -> list[str]:
-    """What of LongBench is there, and once for each reason the tasks that will not be measured.
-
-    Raises:
-        ValueError: bad records, or a folder that was named and holds nothing that can be measured.
-    """
-    from ..eval import longbench
-
-    cache_dir = recipe.data.cache_dir
-    planned = longbench.plan(
-        tokenizer=tokenizer,
-        suites=stage.suites,
-        tasks=stage.tasks,
-        records=None if stage.folder is None else Path(stage.folder),
-        cache_dir=cache_dir,
-        max_length=stage.max_length,
-        window=window,
-        chat=stage.chat,
-    )
-    if stage.folder and not planned.found:
-        reason = planned.missing[-1]["reason"]
-        raise ValueError(f"nothing of it can be measured: {reason.removeprefix('not measured: ')}")
-    longbench.templates_of(planned.found, cache_dir)
-    by_reason: dict[str, list[str]] = {}
-    for entry in planned.missing:
-        by_reason.setdefault(entry["reason"], []).append(entry["task"])
-    said = [f"{', '.join(tasks)} {reason}" for reason, tasks in by_reason.items()]
-    if planned.found:
-        count = sum(len(one.records) for one in planned.found)
-        said.insert(0, f"{count} records of {len(planned.found)} LongBench tasks read")
-    return said
-
-
-@contextmanager
-def _stage_named(number: int, stage: Any) -> Iterator[None]:
-    """A mistake inside is told with the stage that it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"stages.{number} ({stage.kind}): {error}") from None
 
 
 def _training(recipe: Any) -> list[tuple[int, Any]]:

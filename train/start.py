@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..data.loader import RowLoader
+from ..eval.checks import check_stages, read_sources
 from ..eval.errors import raised_here
 from ..model import convert
 from ..model.original import check_rows, find_original, positions
@@ -40,6 +41,7 @@ def prepare_start(context: RunContext) -> tuple[Path, Path]:
         if done is None or not Path(done["original"]).is_dir():
             original = find_original(context.recipe)
             if done is None:
+                _check_evaluation(context, original)
                 _convert(context, original)
             write_json(mark, {"original": str(original), "commit": context.commit})
     context.barrier()
@@ -50,6 +52,21 @@ def prepare_start(context: RunContext) -> tuple[Path, Path]:
             "one path that all nodes share"
         )
     return Path(done["original"]), context.run_dir / "start" / "hf"
+
+
+def _check_evaluation(context: RunContext, original: Path) -> None:
+    """Refuse now what an evaluation stage would refuse after the training.
+
+    Raises:
+        ValueError: rows or prompts that do not fit the window, or a source that cannot be had.
+    """
+    config = read_part(f"the config of {original}", AutoConfig.from_pretrained, original)
+    tokenizer = read_part(f"the tokenizer of {original}", AutoTokenizer.from_pretrained, original)
+    window = positions(config)["window"]
+    check_rows(context.recipe, window)
+    check_stages(context.recipe, window)
+    for said in read_sources(context.recipe, tokenizer, window):
+        context.say(said)
 
 
 def read_part(what: str, read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -108,7 +125,6 @@ def _convert(context: RunContext, original: Path) -> None:
     recipe = context.recipe
     context.say(f"converting {original}")
     model, tokenizer = load_checked(original)
-    check_rows(recipe, positions(model.config)["window"])
     model.eval()
     if _fits(model, context.device):
         model.to(context.device)

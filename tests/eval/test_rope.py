@@ -96,6 +96,38 @@ def test_rows_above_the_window_are_refused(home, tmp_path, capsys):
     assert "data.row_len=1024 is above the checkpoint's window of 512" in capsys.readouterr().err
 
 
+def test_a_mistake_in_a_later_stage_is_refused_before_the_first_one_runs(home, tmp_path, capsys):
+    later = "{kind: longbench, folder: nowhere, max_length: 300, tasks: [trec], suites: [v1]}"
+    first = "{kind: ruler, tasks: [niah_single_1], lengths: [512], samples: 1}"
+    for second, words in (
+        (first.replace("512", "600"), "stages.1 (ruler): ruler length 600 is above"),
+        (later, "stages.1 (longbench): "),
+    ):
+        assert measure(home, "converted", tmp_path / "out", f"stages=[{first}, {second}]") == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_holds_results_of_one_checkpoint(home, tmp_path, capsys):
+    short = (
+        "stages=[{kind: ruler, tasks: [niah_single_1], lengths: [512], samples: 1, top_k: [64]}]"
+    )
+    assert measure(home, "converted", tmp_path, short) == 0
+    before = (tmp_path / "eval/ruler/stage-0.json").read_bytes()
+    assert measure(home, "long", tmp_path, ROPE) == 2
+    assert "holds results of another checkpoint" in capsys.readouterr().err
+    assert measure(home, "converted", tmp_path, short, "train.precision=bf16") == 2
+    assert "belongs to another recipe (train.precision was" in capsys.readouterr().err
+    assert (tmp_path / "eval/ruler/stage-0.json").read_bytes() == before
+    (tmp_path / "eval/ruler/stage-3.json").write_bytes(before)
+    assert measure(home, "converted", tmp_path, short) == 0
+    assert "stage-3.json: the recipe has no such stage" in capsys.readouterr().out
+    assert not (tmp_path / "eval/ruler/stage-3.json").exists()
+    (tmp_path / "run.json").write_text("{}")
+    assert measure(home, "converted", tmp_path, short) == 2
+    assert "is the folder of another run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("factor", [1, 0.5, "four"])
 def test_a_factor_that_stretches_nothing_is_refused_by_the_recipe(home, factor):
     tree = yaml.safe_load((home / "recipe.yaml").read_text())

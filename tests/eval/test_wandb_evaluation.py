@@ -71,18 +71,20 @@ def home(answering, tmp_path_factory, tokenizer, ruler_like_words, works):
 
 
 def evaluate(
-    home: Path, *overrides: str, checkpoint: str = "runs/earlier/stages/2-sparse/hf"
+    home: Path,
+    *overrides: str,
+    checkpoint: str = "runs/earlier/stages/2-sparse/hf",
+    output: str = "out",
 ) -> int:
     """The evaluation alone; a second one finds every answer and loads no model."""
-    where = ["--checkpoint", str(home / checkpoint), "--output", str(home / "out")]
+    where = ["--checkpoint", str(home / checkpoint), "--output", str(home / output)]
     return run.main([str(home / "recipe.yaml"), *overrides, *where])
 
 
-def offline_runs(home: Path) -> list[Path]:
+def offline_runs(home: Path, output: str = "out") -> list[Path]:
     """The `.wandb` files, oldest first."""
-    return sorted(
-        home.glob("out/wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime
-    )
+    found = home.glob(f"{output}/wandb/offline-run-*/*.wandb")
+    return sorted(found, key=lambda file: file.stat().st_mtime)
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +200,8 @@ def test_another_checkpoint_is_another_wandb_run_and_unknown_tokens_are_said(
     config = json.loads((home / "foreign/config.json").read_text("utf-8"))
     (home / "foreign/config.json").write_text(json.dumps({**config, "note": "another"}))
     short = "stages=[{kind: perplexity, rows: 1, arms: [converted_dense]}]"
-    assert evaluate(home, short, checkpoint="foreign") == 0
-    other = offline_runs(home)[-1]
+    assert evaluate(home, short, checkpoint="foreign", output="other") == 0
+    other = offline_runs(home, "other")[-1]
     assert other.stem != f"run-{recorded.id}"
     assert {point["tokens"] for point in WANDB_FILE["history"](other)} == {0}
     assert "does not say how many tokens it was trained for" in capsys.readouterr().out

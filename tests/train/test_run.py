@@ -55,6 +55,11 @@ def test_a_mistake_in_the_recipe_is_one_sentence_before_torch_is_imported(
         ("data.sources.0.path=/nowhere/text.txt", "/nowhere/text.txt"),
         ("sparsity.dense_layers=[0, 9]", "sparsity.dense_layers names layer 9"),
         ("stages.1.micro_batch_size=4000", "tokens"),
+        ("data.row_len=1024", "data.row_len=1024 is above the checkpoint's window of 512"),
+        (
+            "stages=[{kind: warmup, steps: 1}, {kind: ruler, lengths: [1024]}]",
+            "stages.1 (ruler): ruler length 1024 is above",
+        ),
     ],
 )
 def test_mistakes_that_need_the_checkpoint_or_the_data_are_one_sentence(
