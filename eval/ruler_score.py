@@ -49,9 +49,14 @@ def score(found: Sequence[bool], metric: str = "all") -> float:
 
 
 def score_record(record: Mapping[str, Any]) -> float:
-    """Score of a prediction record with `prediction`, `references`, and `metric` and `mode` if any."""
+    """Score of a prediction record with `task`, `prediction`, `references`, `metric` and `mode` if any."""
     answer = final_answer(record["prediction"], record.get("mode", "base"))
-    return score(hits(answer, record["references"]), record.get("metric", "all"))
+    return score(hits(answer, record["references"]), metric_of(record))
+
+
+def metric_of(record: Mapping[str, Any]) -> str:
+    """The record's `metric`; of one that names none the task's."""
+    return record.get("metric", "part" if record["task"] in ("qa_1", "qa_2") else "all")
 
 
 def settled(text: str, references: Sequence[str], metric: str, mode: str) -> bool:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -64,14 +66,13 @@ def test_bootstrap_repeats_itself():
 
 
 def simulated(
-    random: np.random.Generator, lost: float, *, tasks: int, samples: int, right: float = 0.9
+    random: np.random.Generator, lost: float, *, tasks: int, samples: int, mended: float = 0.02
 ) -> dict[str, np.ndarray]:
     """Paired differences (points) of two arms whose means differ by `lost` points in expectation.
 
-    The first arm is right with probability `right`; training or selection then breaks some right answers
-    and mends 20 % of the wrong ones.
+    Training or selection breaks some right answers and mends a share `mended` of all, as where the first
+    arm is right in 90 % and 20 % of its errors are mended; 0 makes losses only.
     """
-    mended = 0.2 * (1 - right)
     broken = mended + lost / 100
     draws = random.random((tasks, samples))
     gaps = np.where(draws < broken, 100.0, np.where(draws < broken + mended, -100.0, 0.0))
@@ -86,13 +87,14 @@ def misses(
     repeats: int,
     seed: int = 7,
     unseen: float = 100.0,
+    mended: float = 0.02,
 ) -> tuple[float, float, float]:
     """Shares of repeats whose interval lies below the truth, above it; and that are called non-inferior
-    at a margin of exactly the truth. `unseen=0` is the plain bootstrap."""
+    at a margin of exactly the truth. `unseen=0` is the plain bootstrap, `mended=0` makes losses only."""
     random = np.random.default_rng(seed)
     below = above = passed = 0
     for _ in range(repeats):
-        gaps = simulated(random, lost, tasks=tasks, samples=samples)
+        gaps = simulated(random, lost, tasks=tasks, samples=samples, mended=mended)
         drawn = int(random.integers(1 << 30))
         interval = paired_bootstrap(gaps, draws=1000, seed=drawn, unseen=unseen)
         below += interval.high < lost
@@ -110,6 +112,19 @@ def test_interval_covers_a_known_loss_at_its_nominal_rate(lost: float):
     assert below + above == pytest.approx(0.05, abs=0.028)
     assert max(below, above) <= 0.025 + 0.02
     assert passed <= 0.025 + 0.02, "a loss of the whole margin was called non-inferior too often"
+
+
+@pytest.mark.parametrize("pairs", [368, 650, 1300])
+def test_a_loss_of_the_margin_without_gains_is_called_non_inferior_in_at_most_one_of_40(pairs):
+    """Exact: the binomial probability of all counts of losses that are called non-inferior at 1 point.
+    The bootstrap alone takes in one count more of 650 and 1,300, which makes 4 %."""
+    said = 0.0
+    for count in range(12):
+        gaps = np.zeros(pairs)
+        gaps[:count] = 100.0
+        if verdict(paired_bootstrap({"a": gaps}), 1.0, pairs=pairs) == "non-inferior":
+            said += math.comb(pairs, count) * 0.01**count * 0.99 ** (pairs - count)
+    assert 0 < said <= 0.025
 
 
 @pytest.mark.parametrize(("tasks", "samples"), [(1, 20), (3, 8), (13, 5)])
@@ -158,6 +173,8 @@ def test_verdict_is_about_the_interval_and_the_margin(low: float, high: float, s
     assert verdict(interval, 1.0, pairs=10_000) == said
     with pytest.raises(ValueError, match="margin=0"):
         verdict(interval, 0, pairs=10_000)
+    with pytest.raises(ValueError, match="margin=nan"):
+        verdict(interval, float("nan"), pairs=10_000)
 
 
 def test_sign_test_is_mcnemar_where_answers_are_right_or_wrong():
@@ -181,6 +198,13 @@ def test_unseen_share_solves_its_definition():
     assert (1 - share) ** 20 == pytest.approx(0.05)
 
 
+def test_unseen_share_is_the_exact_binomial_bound():
+    """Published: 95 % two-sided of 0, 2 and 10 in 20 (Clopper and Pearson) end at these shares."""
+    for changed, share in ((0, 0.1684), (2, 0.3170), (10, 0.7280)):
+        assert unseen_share(20, changed, confidence=0.975) == pytest.approx(share, abs=5e-5)
+    assert unseen_share(20, 20) == 1.0
+
+
 @pytest.mark.parametrize("strata", [{}, {"empty": []}])
 def test_bootstrap_of_nothing_is_refused(strata: dict):
     with pytest.raises(ValueError, match="at least one pair"):
@@ -194,17 +218,27 @@ def test_pairs_of_unequal_length_are_refused():
         paired_ratio([1.0], [1.0, 2.0])
 
 
+_SIZES = ((1, 20), (1, 100), (3, 8), (13, 5), (13, 50), (13, 500))
+
+
 def coverage_table(repeats: int = 2000) -> str:
-    """Markdown: how often the interval misses a known loss, by size of the benchmark; then how often the
-    plain bootstrap covers a loss of 1 point with few prompts."""
-    lines = ["| tasks x prompts | loss | below | above | covered |", "|---|---|---|---|---|"]
-    for tasks, samples in ((1, 20), (1, 100), (3, 8), (13, 5), (13, 50), (13, 500)):
-        for lost in (0.0, 1.0, 5.0):
-            below, above, _ = misses(lost, tasks=tasks, samples=samples, repeats=repeats)
-            covered = 1 - below - above
-            lines.append(
-                f"| {tasks} x {samples} | {lost:g} | {below:.1%} | {above:.1%} | {covered:.1%} |"
-            )
+    """Markdown: how often the interval misses a known loss and how often a loss of the whole margin is
+    called non-inferior, by size of the benchmark; then how often the plain bootstrap covers a loss of 1
+    point with few prompts."""
+    lines = ["| tasks x prompts | loss | below | above | covered | called non-inferior |"]
+    lines.append("|---|---|---|---|---|---|")
+    mixed = [(*size, lost, 0.02, "") for size in _SIZES for lost in (0.0, 1.0, 5.0)]
+    few = ((1, 800), (13, 50), (13, 75), (13, 100), (13, 500))
+    only = [(*size, lost, 0.0, ", losses only") for size in few for lost in (1.0, 5.0)]
+    for tasks, samples, lost, mended, words in [*mixed, *only]:
+        below, above, passed = misses(
+            lost, tasks=tasks, samples=samples, repeats=repeats, mended=mended
+        )
+        said = f"{passed:.1%}" if lost else ""
+        lines.append(
+            f"| {tasks} x {samples} | {lost:g}{words} | {below:.1%} | {above:.1%} | "
+            f"{1 - below - above:.1%} | {said} |"
+        )
     for tasks, samples in ((1, 20), (3, 8), (13, 5)):
         below, above, _ = misses(1.0, tasks=tasks, samples=samples, repeats=repeats, unseen=0.0)
         lines.append(f"plain, loss 1, {tasks} x {samples}: {1 - below - above:.1%} covered")
