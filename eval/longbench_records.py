@@ -6,7 +6,7 @@ A folder holds what the reference publishes, unpacked or not:
     data.json or longbench_v2.jsonl                               version 2
 
 A task whose file is absent is `RecordsMissing`, with the command that gets it; a file that is there and
-damaged, or lacks a field, is a ValueError.
+damaged, lacks a field or holds another task's records is a ValueError.
 """
 
 from __future__ import annotations
@@ -68,22 +68,22 @@ def read(task: str, folder: Path) -> Records:
 
     Raises:
         RecordsMissing: the folder does not hold the task.
-        ValueError: a damaged file, or a record without a field; names file, record and field.
+        ValueError: a damaged file, a record without a field, of another task, or with the _id of another
+            record; names file, record and field.
     """
     where, content = _content(task, folder)
-    try:
-        text = content.decode("utf-8")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else list(map(json.loads, _lines(text)))
-        )
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged ({error}): get it again, {command(task)}") from error
+    rows = _rows(task, where, content)
     if not rows:
         raise ValueError(f"{where} holds no record: get it again, {command(task)}")
+    known: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
         _check(task, row, f"{where}, record {number},")
+        before = known.setdefault(row["_id"], number)
+        if before != number:
+            raise ValueError(
+                f"{where}, record {number}, has the _id of record {before} ({_short(row['_id'])}) and "
+                f"would count twice: delete one of them, or get the file again, {command(task)}"
+            )
     return Records(task, where, hashlib.sha256(content).hexdigest(), rows)
 
 
@@ -146,6 +146,23 @@ def _content(task: str, folder: Path) -> tuple[str, bytes]:
     raise RecordsMissing(f"{folder} holds no {file} for it: {command(task, folder)}")
 
 
+def _rows(task: str, where: str, content: bytes) -> list[Any]:
+    """The records in a file's bytes, unchecked."""
+    rows: list[Any] = []
+    place = where
+    try:
+        text = content.decode("utf-8")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        for number, line in enumerate(_lines(text), start=1):
+            place = f"{where}, record {number},"
+            rows.append(json.loads(line))
+    except ValueError as error:
+        said = str(error).replace("line 1 ", "")  # of the record's own line, not of the file
+        raise ValueError(f"{place} is damaged ({said}): get it again, {command(task)}") from error
+    return rows
+
+
 def _lines(text: str) -> list[str]:
     """Lines by newline alone: `splitlines` would also part at characters that stand inside JSON texts."""
     return [line for line in text.split("\n") if line.strip()]
@@ -171,6 +188,12 @@ def _check(task: str, row: Any, where: str) -> None:
                 f"{where} has {name}={_short(row[name])}, expected {allowed}: "
                 f"get it again, {command(task)}"
             )
+    # Records of LongBench-E may name themselves with or without the ending.
+    if task != V2 and base(row["dataset"]) != base(task):
+        raise ValueError(
+            f"{where} has dataset={_short(row['dataset'])}, expected {_short(base(task))}: the file holds "
+            f"records of another task, get it again, {command(task)}"
+        )
 
 
 def _is(value: Any, kind: str | tuple[str, ...]) -> bool:

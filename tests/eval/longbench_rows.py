@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dense2sparse.eval.longbench_tasks import TASKS, V2
+from dense2sparse.eval.longbench_tasks import TASKS, V2, base
 
 ROW = {
     "input": "Which colour?",
@@ -36,8 +36,10 @@ ROW_V2 = {
 def row_of(task: str, **changes: object) -> dict:
     """A made-up record with the right fields for a task."""
     row = dict(ROW_V2 if task == V2 else ROW)
-    if task != V2 and TASKS[task.removesuffix("_e")].metric == "classification":
-        row["all_classes"] = ["green", "red"]
+    if task != V2:
+        row["dataset"] = base(task)
+        if TASKS[base(task)].metric == "classification":
+            row["all_classes"] = ["green", "red"]
     return {**row, **changes}
 
 

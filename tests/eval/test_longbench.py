@@ -48,7 +48,8 @@ def prepare(home: Path, tokenizer, **changes):
 
 def test_a_prompt_set_is_stored_once_and_read_back(tmp_path, chat_tokenizer, no_words, monkeypatch):
     rows = [row_of("qasper", _id=f"r{n}", context="rain falls " * (5 + 30 * n)) for n in range(6)]
-    folder = folder_of(tmp_path / "data", qasper=rows, qasper_e=rows, trec=[row_of("trec")] * 2)
+    few = [row_of("trec", _id=f"t{n}") for n in range(2)]
+    folder = folder_of(tmp_path / "data", qasper=rows, qasper_e=rows, trec=few)
     wanted = {"suites": ["v1", "e"], "tasks": ["qasper", "trec"], "records": folder}
     first = prepare(tmp_path, chat_tokenizer, **wanted)
     assert [one["task"] for one in first.missing] == ["trec_e"]
@@ -98,8 +99,8 @@ def test_changed_prompts_and_another_tokenizer_are_refused(
 
 
 def test_a_draw_depends_on_the_seed_and_not_on_other_tasks(tmp_path, tokenizer, no_words):
-    rows = [row_of("qasper", _id=f"r{n}") for n in range(40)]
-    folder = folder_of(tmp_path / "data", qasper=rows, hotpotqa=rows)
+    rows = {name: [row_of(name, _id=f"r{n}") for n in range(40)] for name in ("qasper", "hotpotqa")}
+    folder = folder_of(tmp_path / "data", **rows)
     wanted = {"records": folder, "samples": 5}
     both = prepare(tmp_path, tokenizer, **wanted, tasks=["hotpotqa", "qasper"])
     alone = prepare(tmp_path, tokenizer, **wanted, tasks=["qasper"])
@@ -112,8 +113,8 @@ def test_a_draw_depends_on_the_seed_and_not_on_other_tasks(tmp_path, tokenizer, 
 def test_other_records_have_other_names_and_the_same_ones_share_them(tmp_path, tokenizer, no_words):
     made = []
     for text in ("rain falls", "wind blows"):
-        rows = [row_of("qasper", context=text), row_of("qasper")]
-        folder = folder_of(tmp_path / text, qasper=rows, hotpotqa=rows)
+        rows = [row_of("qasper", context=text), row_of("qasper", _id="same")]
+        folder = folder_of(tmp_path / text, qasper=rows, hotpotqa=[row_of("hotpotqa")])
         made.append(prepare(tmp_path, tokenizer, records=folder))
     more = prepare(tmp_path, tokenizer, tasks=["qasper", "hotpotqa"], records=folder)
     ids = [{one.id for one in each.samples} for each in (*made, more)]
@@ -189,7 +190,7 @@ def test_chinese_tasks_are_named_and_left_out_without_jieba(
 
 def test_an_answer_is_scored_from_its_record_alone(tmp_path, chat_tokenizer, tiny_model, no_words):
     short = {
-        name: [row_of(name, context=text) for text in ("green", "rain falls " * 400)]
+        name: [row_of(name, context=text, _id=text) for text in ("green", "rain falls " * 400)]
         for name in ("trec", "qasper_e")
     }
     folder = folder_of(tmp_path / "data", **short, longbench_v2=[row_of(V2)])

@@ -84,6 +84,35 @@ def test_a_field_of_the_wrong_kind_is_refused(tmp_path, task, changes, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("task", ["qasper", "qasper_e"])
+def test_records_of_another_task_are_refused_under_either_name_of_their_own(tmp_path, task):
+    rows = [row_of(task), row_of(task, _id="r1", dataset="qasper_e")]
+    assert longbench_records.read(task, folder_of(tmp_path / "own", **{task: rows})).records == rows
+    rows[1] = row_of("trec", _id="r1")
+    folder = folder_of(tmp_path / "mixed", **{task: rows})
+    with pytest.raises(
+        ValueError, match='record 2, has dataset="trec", expected "qasper": the file'
+    ):
+        longbench_records.read(task, folder)
+
+
+@pytest.mark.parametrize("task", ["qasper", V2])
+def test_a_record_that_stands_twice_is_refused(tmp_path, task):
+    rows = [row_of(task, _id=name) for name in ("a", "b", "a")]
+    folder = folder_of(tmp_path, **{"longbench_v2" if task == V2 else task: rows})
+    with pytest.raises(
+        ValueError, match=r'record 3, has the _id of record 1 \("a"\) and would count'
+    ):
+        longbench_records.read(task, folder)
+
+
+def test_a_damaged_record_is_named_by_its_number(tmp_path):
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(row_of("qasper")) + '\n{"input": "Whi\n')
+    with pytest.raises(ValueError, match=r"qasper\.jsonl, record 2, is damaged") as error:
+        longbench_records.read("qasper", tmp_path)
+    assert "column 11" in str(error.value) and "line 1" not in str(error.value)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"input": \n', b"[1]", b"\xff", b"{}{}\n"])
 def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "qasper.jsonl").write_bytes(content)
@@ -94,7 +123,10 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, content):
 
 def test_a_folder_is_read_as_files_as_data_and_as_the_published_archive(tmp_path):
     # A line separator inside a text is no end of line in JSON lines.
-    rows = [row_of("qasper", context="one\u2028two\x85three"), row_of("qasper", answers=[3])]
+    rows = [
+        row_of("qasper", context="one\u2028two\x85three"),
+        row_of("qasper", answers=[3], _id="r1"),
+    ]
     plain = folder_of(tmp_path / "plain", qasper=rows)
     folder_of(tmp_path / "nested" / "data", qasper=rows)
     (tmp_path / "zipped").mkdir()
