@@ -5,34 +5,40 @@
 FOLDER holds one folder an arm, named by the arm (`original_dense`, `converted_dense`,
 `converted_sparse-k16`, `converted_oracle-k16`, or any name for `--compare`), each with `*.jsonl` of one
 object a prediction: `id`, `task`, `length`, `references`, `prediction`, and what else eval/predict.py
-writes. `scores.json` is written into FOLDER. No model, no torch: whoever has the files can check every
-number.
+writes; `benchmark` may be left out where the task is one of RULER's or LongBench's. `scores.json` is
+written into FOLDER. No model, no torch: whoever has the files can check every number.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import json
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..recipes.stages import RULER_TASKS
 from . import longbench_score, ruler_score, tables
-from .arms import ArmRun, comparisons
+from .arms import ARMS, ArmRun, comparisons
 from .errors import sentence
-from .records import read_predictions, write_json
+from .longbench_tasks import SUITES, chosen
+from .records import PREDICTIONS, read_predictions, write_json
 from .tables import Predictions
 
-DEFAULT_BENCHMARK = "ruler"
-"""Of a record that names none."""
 DEFAULT_MARGIN = 1.0
 """Points; the recipe's report stage names another."""
 _METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "ruler": ruler_score.score_record,
     "longbench": longbench_score.score,
 }
+_TASKS = {**dict.fromkeys(RULER_TASKS, "ruler"), **dict.fromkeys(chosen(SUITES), "longbench")}
 _NEEDED = {"id": str, "task": str, "length": int, "references": list, "prediction": str}
+_OPTIONAL = {"benchmark": str, "metric": str, "mode": str, "stopped": str, "facts": dict}
+_RECALL = ("share", "first", "any", "kept")
 _SAME = ("checkpoint", "precision", "index_precision", "prompts")
 
 
@@ -40,14 +46,30 @@ def score_of(record: Mapping[str, Any]) -> float:
     """Score of one prediction, 0 to 100, by the metric of its benchmark and task.
 
     Raises:
-        ValueError: a benchmark that is not known.
+        ValueError: a benchmark or a task that is not known.
     """
-    benchmark = record.get("benchmark", DEFAULT_BENCHMARK)
+    return _METRICS[benchmark_of(record)](record)
+
+
+def benchmark_of(record: Mapping[str, Any]) -> str:
+    """`ruler` or `longbench`: what the record says, else what its task belongs to.
+
+    Raises:
+        ValueError: another benchmark, or none and a task of neither (with the nearest).
+    """
+    task = record["task"]
+    benchmark = record.get("benchmark", _TASKS.get(task))
+    if benchmark is None:
+        near = difflib.get_close_matches(task, _TASKS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"task={task!r} of prediction {record['id']} is neither RULER's nor LongBench's, did you mean "
+            f"{near!r}? Records of a task of your own need `benchmark`: {' or '.join(_METRICS)}"
+        )
     if benchmark not in _METRICS:
         raise ValueError(
             f"benchmark={benchmark!r} of prediction {record['id']}: use {' or '.join(_METRICS)}"
         )
-    return _METRICS[benchmark](record)
+    return benchmark
 
 
 def scored(records: Mapping[str, Mapping[str, Any]]) -> Predictions:
@@ -99,7 +121,7 @@ def evaluate(
 
 
 def check_same_prompts(arms: Mapping[str, Predictions]) -> None:
-    """Refuse arms that differ in their prompts' ids, tasks, lengths or references (ValueError)."""
+    """Refuse arms that differ in their prompts' ids, tasks, lengths, references or metrics (ValueError)."""
     everything = {name for records in arms.values() for name in records}
     for label, records in arms.items():
         missing = sorted(everything - records.keys())
@@ -111,16 +133,25 @@ def check_same_prompts(arms: Mapping[str, Predictions]) -> None:
     first = next(iter(arms))
     for label, records in arms.items():
         for name, record in records.items():
-            for key in ("task", "length", "references"):
-                if record[key] != arms[first][name][key]:
+            other = _asked(arms[first][name])
+            for key, value in _asked(record).items():
+                if value != other[key]:
                     raise ValueError(
                         f"prompt {name} has another {key} in arm {label} than in {first}: these are "
                         "predictions of different prompts, predict both on the same"
                     )
 
 
+def _asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer is an answer to, and what it is scored by."""
+    benchmark = benchmark_of(record)
+    metric = ruler_score.metric_of(record) if benchmark == "ruler" else record.get("metric")
+    asked = {key: record[key] for key in ("task", "length", "references")}
+    return {**asked, "benchmark": benchmark, "metric": metric, "mode": record.get("mode", "base")}
+
+
 def read_folder(folder: Path) -> dict[str, Predictions]:
-    """label -> predictions by id of every arm's folder below `folder`.
+    """label -> predictions by id of every arm's folder below `folder`, in the order of the arms.
 
     Raises:
         ValueError: no arms, a damaged or incomplete record, or arms of different checkpoints.
@@ -142,22 +173,81 @@ def read_folder(folder: Path) -> dict[str, Predictions]:
                 f"{folder} holds arm {label} twice ({home.name} is one): keep one of them"
             )
         arms[label] = _read_arm(home)
+        if not arms[label]:
+            raise ValueError(f"arm {label} holds no prediction: fill or delete {home}")
         if note:
             notes[label] = note
     _check_notes(notes)
-    return arms
+    return dict(sorted(arms.items(), key=lambda one: _place(one[0])))
+
+
+def _place(label: str) -> tuple[int, int, str]:
+    """Sorts A, B, C, D, each by budget, then all other labels."""
+    run = _run(label)
+    return (len(ARMS), 0, label) if run is None else (ARMS.index(run.arm), run.top_k or 0, label)
 
 
 def _read_arm(home: Path) -> Predictions:
     records = read_predictions(home)
-    for name, record in records.items():
-        for key, kind in _NEEDED.items():
-            if not isinstance(record.get(key), kind):
+    for where, record in _placed(home):
+        bad = _unusable(record)
+        if bad:
+            raise ValueError(f"{where}, has {bad[0]}={record.get(bad[0])!r}: it needs {bad[1]}")
+        other = records[record["id"]]
+        for key in ("task", "length", "references"):
+            if record[key] != other.get(key):
                 raise ValueError(
-                    f"prediction {name} in {home} has {key}={record.get(key)!r}: it needs "
-                    f"{', '.join(f'{key} ({kind.__name__})' for key, kind in _NEEDED.items())}"
+                    f"{where}, holds {record['id']} a second time, with another {key}: keep one of them"
                 )
     return records
+
+
+def _placed(home: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, record) of what `read_predictions` read."""
+    whole = home / PREDICTIONS
+    for path in [whole] if whole.is_file() else sorted(home.glob("*.jsonl")):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except ValueError:
+                continue  # a journal's torn last line
+
+
+def _unusable(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first key that the tables cannot use, and what it has to be."""
+    needed = ", ".join(f"{key} ({kind.__name__})" for key, kind in _NEEDED.items())
+    for key, kind in _NEEDED.items():
+        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
+            return key, needed
+    if not record["references"] or not all(isinstance(one, str) for one in record["references"]):
+        return "references", "texts, at least one"
+    for key, kind in _OPTIONAL.items():
+        if key in record and not isinstance(record[key], kind):
+            return key, f"{kind.__name__}, or no such key"
+    needle = record.get("needle")
+    if needle and not _is_recall(needle):
+        return "needle", f"numbers {', '.join(_RECALL)}, and by_layer with numbers, or no such key"
+    spans = record.get("spans")
+    if spans and not _is_spans(spans):
+        return "spans", "pairs of token places, or no such key"
+    if not isinstance(record.get("prompt_tokens", 0), int):
+        return "prompt_tokens", "a number, or no such key"
+    return None
+
+
+def _is_recall(needle: Any) -> bool:
+    if not isinstance(needle, dict) or not isinstance(needle.get("by_layer"), dict):
+        return False
+    layers = needle["by_layer"]
+    numbers = [*(needle.get(name) for name in _RECALL), *layers.values()]
+    return all(isinstance(one, int | float) for one in numbers) and all(map(str.isdigit, layers))
+
+
+def _is_spans(spans: Any) -> bool:
+    return isinstance(spans, list) and all(
+        isinstance(span, list) and len(span) == 2 and all(isinstance(end, int) for end in span)
+        for span in spans
+    )
 
 
 def _note(home: Path) -> dict[str, Any]:
@@ -171,30 +261,29 @@ def _note(home: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged ({error}): delete it to use the folder's name"
         ) from None
-    return note if isinstance(note, dict) else {}
+    if not isinstance(note, dict) or not isinstance(note.get("label", ""), str):
+        raise ValueError(
+            f"{path} is damaged (no JSON object with a text `label`): delete it to use the folder's name"
+        )
+    return note
 
 
 def _check_notes(notes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Arms of one converted model must be of one: same checkpoint, precision and prompts."""
-    converted = {label: note for label, note in notes.items() if label != "original_dense"}
+    """Arms must be made alike: same precision and prompts, the converted ones of one checkpoint."""
     for key in _SAME:
-        values = {label: note[key] for label, note in converted.items() if key in note}
-        if len(set(map(str, values.values()))) > 1:
-            one, other = (
-                list(values)[0],
-                next(label for label in values if values[label] != list(values.values())[0]),
-            )
-            raise ValueError(
-                f"arms {one} and {other} have another {key}: compare predictions of one converted "
-                "checkpoint, made alike"
-            )
+        values = {label: note[key] for label, note in notes.items() if key in note}
+        if key == "checkpoint":
+            values.pop("original_dense", None)
+        for one, other in itertools.pairwise(values):
+            if values[one] != values[other]:
+                raise ValueError(
+                    f"arms {one} and {other} have another {key}: compare predictions of one converted "
+                    "checkpoint, made alike"
+                )
 
 
 def _is_ruler(records: Predictions) -> bool:
-    return all(
-        record.get("benchmark", DEFAULT_BENCHMARK) == DEFAULT_BENCHMARK
-        for record in records.values()
-    )
+    return all(benchmark_of(record) == "ruler" for record in records.values())
 
 
 def _run(label: str) -> ArmRun | None:
@@ -249,6 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar="ARM")
     options = parser.parse_args(arguments)
     try:
+        if not 0 < options.margin < math.inf:
+            raise ValueError(f"--margin {options.margin}: use points above 0, for example 1")
         arms = read_folder(options.folder)
         for label in (label for pair in options.compare for label in pair):
             if label not in arms:

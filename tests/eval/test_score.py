@@ -82,15 +82,15 @@ def test_worse_and_better_and_the_exact_test_by_hand():
 
 def test_holm_is_over_all_lengths_and_tasks_of_a_comparison():
     first, second = {}, {}
-    for place, task in enumerate(("a", "b")):
+    for place, task in enumerate(("cwe", "fwe")):
         for length in (4096, 8192):
             lost = 8 if (place, length) == (0, 4096) else 0
             first |= scored(arm(10, task=task, length=length))
             second |= scored(arm(10 - lost, task=task, length=length))
     lengths = tables.compare(first, second, margin=1.0)["lengths"]
     cells = {(one["length"], task["task"]): task for one in lengths for task in one["tasks"]}
-    assert cells[4096, "a"]["p_holm"] == pytest.approx(4 * cells[4096, "a"]["p"])
-    assert cells[8192, "b"]["p_holm"] == 1.0
+    assert cells[4096, "cwe"]["p_holm"] == pytest.approx(4 * cells[4096, "cwe"]["p"])
+    assert cells[8192, "fwe"]["p_holm"] == 1.0
 
 
 def test_cells_at_floor_and_ceiling_are_marked():
@@ -253,6 +253,23 @@ def test_predictions_made_elsewhere_may_lack_the_last_line_end(tmp_path):
         (lambda home: _edit(home, 1, length="4096"), "has length='4096'"),
         (lambda home: _edit(home, 1, prediction=None), "has prediction=None"),
         (lambda home: _edit(home, 1, benchmark="mmlu"), "benchmark='mmlu' of prediction"),
+        (lambda home: _edit(home, 1, benchmark=5), "line 1, has benchmark=5: it needs str"),
+        (lambda home: _edit(home, 1, metric="part"), "has another metric in arm"),
+        (lambda home: _edit(home, 1, mode="reasoning"), "has another mode in arm"),
+        (lambda home: _edit(home, 1, task="niah_singel_1"), "did you mean 'niah_single_1'?"),
+        (lambda home: _edit(home, 1, references=[5]), "line 1, has references=[5]: it needs texts"),
+        (
+            lambda home: _edit(home, 1, references=[]),
+            "predictions.jsonl, line 1, has references=[]",
+        ),
+        (lambda home: _edit(home, 1, length=True), "line 1, has length=True"),
+        (lambda home: _edit(home, 1, stopped=["eos"]), "line 1, has stopped=['eos']"),
+        (lambda home: _edit(home, 1, facts=None), "line 1, has facts=None"),
+        (lambda home: _edit(home, 1, needle={"any": 1.0}), "line 1, has needle={'any': 1.0}"),
+        (lambda home: _edit(home, 1, spans=[5]), "line 1, has spans=[5]: it needs pairs"),
+        (lambda home: _edit(home, 1, prompt_tokens="9"), "line 1, has prompt_tokens='9'"),
+        (lambda home: _edit(home, 1, again={"length": 1}), "a second time, with another length"),
+        (lambda home: _note(home, 1, label=5), "arm.json is damaged (no JSON object with a text"),
         (lambda home: _edit(home, 1, id=None), "line 1, is damaged"),
         (lambda home: _edit(home, 1, twice="otherwise"), "a second time, otherwise"),
     ],
@@ -266,11 +283,38 @@ def test_bad_folders_are_refused_in_one_sentence(folder, capsys, spoil, words):
         assert not (folder / "scores.json").exists()
 
 
-def _edit(home, place: int, *, drop: int = 0, twice: str | None = None, **change) -> None:
+def test_all_arms_without_a_prediction_are_refused(tmp_path, capsys):
+    write(tmp_path, {ARMS[0]: {}, ARMS[1]: {}})
+    assert score.main([str(tmp_path)]) == 2
+    assert f"error: arm {ARMS[1]} holds no prediction: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("margin", ["nan", "inf", "0", "-1"])
+def test_margin_that_is_no_number_of_points_is_refused(tmp_path, capsys, margin):
+    write(tmp_path, {"theirs": arm(3)})
+    assert score.main([str(tmp_path), f"--margin={margin}"]) == 2
+    assert "use points above 0" in capsys.readouterr().err
+
+
+def _note(home, place: int, **note) -> None:
+    (home / ARMS[place] / "arm.json").write_text(json.dumps(note), encoding="utf-8")
+
+
+def _edit(
+    home,
+    place: int,
+    *,
+    drop: int = 0,
+    twice: str | None = None,
+    again: dict | None = None,
+    **change,
+) -> None:
     path = home / ARMS[place] / "predictions.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if twice:
         records.append({**records[0], "prediction": twice})
+    if again:
+        records.append({**records[0], **again})
     records[0].update(change)
     lines = [json.dumps(one) for one in records[drop:]]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -283,6 +327,75 @@ def test_arms_of_different_checkpoints_are_not_compared(tmp_path):
     write(tmp_path, {ARMS[2]: arm(3)}, checkpoint="bbb", precision="float32")
     with pytest.raises(ValueError, match=f"arms {ARMS[1]} and {ARMS[2]} have another checkpoint"):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["precision", "index_precision", "prompts"])
+def test_original_made_in_another_way_is_not_compared(tmp_path, key):
+    write(tmp_path, {ARMS[0]: arm(3)}, **{key: "one"})
+    write(tmp_path, {ARMS[1]: arm(3)}, **{key: "other"})
+    with pytest.raises(ValueError, match=f"arms {ARMS[1]} and {ARMS[0]} have another {key}"):
+        read_folder(tmp_path)
+
+
+def test_arms_come_in_the_order_of_their_letters_and_budgets(tmp_path):
+    labels = ["converted_sparse-k4", "converted_sparse-k16", "converted_oracle-k4", "theirs"]
+    write(tmp_path, {label: arm(1) for label in ["theirs", *labels[:3], *ARMS[:2]]})
+    assert list(read_folder(tmp_path)) == [*ARMS[:2], *labels]
+
+
+@pytest.mark.parametrize("task", ["qa_1", "qa_2", "vt"])
+def test_question_without_a_metric_counts_any_reference(task):
+    found = record(0, "It is 1234567.", task=task) | {"references": ["1234567", "no"]}
+    assert score.score_of(found) == (50.0 if task == "vt" else 100.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "points"),
+    [("<think>1234567", 0), ("<think>1234567</think>no", 0), ("no</think>1234567", 100)],
+)
+def test_thought_is_no_answer(said, points):
+    assert score.score_of(record(0, said, mode="reasoning")) == points
+
+
+@pytest.mark.parametrize(
+    ("task", "benchmark"),
+    [("vt", "ruler"), ("qasper", "longbench"), ("qasper_e", "longbench"), ("v2", "longbench")],
+)
+def test_task_names_its_benchmark(task, benchmark):
+    assert score.benchmark_of({"id": "1", "task": task}) == benchmark
+
+
+def test_task_of_ones_own_is_scored_where_its_benchmark_is_named():
+    own = record(0, "It is 1234567.", task="own", benchmark="ruler")
+    assert score.score_of(own) == 100.0
+    del own["benchmark"]
+    with pytest.raises(ValueError, match="need `benchmark`: ruler or longbench"):
+        score.score_of(own)
+
+
+def test_few_prompts_of_an_uneven_task_decide_what_can_be_non_inferior():
+    """13 x 30 = 390 pairs may show a margin of 1 point; with 6 of one task they count as 13 x 6."""
+    even = [scored(arm(30, of=30, task=task)) for task in RULER_TASKS]
+    records = {name: one for many in even for name, one in many.items()}
+    assert tables.compare(records, records, margin=1.0)["overall"]["verdict"] == "non-inferior"
+    uneven = {name: one for name, one in records.items() if one["task"] != "vt" or name[-1] < "2"}
+    found = tables.compare(uneven, uneven, margin=1.0)["overall"]
+    assert found["verdict"] == "undecided" and found["unseen_share"] > 0.01
+
+
+def test_too_few_pairs_of_two_tasks_are_not_counted_thrice():
+    """2 x 175 pairs without a change leave 1.05 % possible, though the bootstrap ends below 1."""
+    records = scored(arm(175, of=175) | arm(175, of=175, task="vt"))
+    found = tables.compare(records, records, margin=1.0)["overall"]
+    assert found["lost"]["high"] < 1 and found["verdict"] == "undecided"
+
+
+@pytest.mark.parametrize(("mean", "marked"), [(10, False), (99, False), (9, True), (100, True)])
+def test_cells_at_the_bounds_themselves_are_informative(mean, marked):
+    records = scored(arm(mean, of=100))
+    assert tables.cells(records)["4096"]["niah_single_1"]["uninformative"] == marked
+    entry = tables.compare(records, records, margin=1.0)["lengths"][0]
+    assert entry["tasks"][0]["uninformative"] == marked
 
 
 def test_wrong_folder_names_the_right_one(folder, capsys):
