@@ -19,7 +19,7 @@ from .generate import Prompt
 from .models import Models, attending
 from .predict import claim, merge, predict, share
 from .prepare import Prompts, load, prepare
-from .progress import estimate, told, trial
+from .progress import Speed, estimate, told, trial
 from .records import read_journals, write_json
 from .ruler import check_lengths, check_tasks
 from .ruler_corpus import PUBLIC_DOMAIN, read_corpus
@@ -114,16 +114,18 @@ def answers(
     # All ranks read before any writes, so that they share out the same prompts.
     answered = {label: read_journals(folder).keys() for label, folder in folders.items()}
     ctx.barrier()
-    left = {
-        run: [one for one in prompts.samples if one.id not in answered[run.label]] for run in runs
-    }
-    told_already = False
-    for run in (run for run in runs if left[run]):
+    left: dict[ArmRun, list[Prompt]] = {}
+    for run in runs:
+        many = [one for one in prompts.samples if one.id not in answered[run.label]]
+        if many:
+            left[run] = many
+    speeds: dict[str, Speed] = {}
+    for run in list(left):
         model = models.of(run)
         with attending(model, run):
-            if not told_already and ctx.rank == 0:
-                _tell_estimate(ctx, kind, model, left)
-            told_already = True
+            if run.arm not in speeds and ctx.rank == 0:
+                speeds[run.arm] = trial(model, max(one.num_tokens for one in left[run]))
+                _tell_estimate(ctx, kind, speeds, left)
             predict(
                 model,
                 ctx.tokenizer(),
@@ -136,6 +138,7 @@ def answers(
                 world_size=ctx.world_size,
                 progress=ctx.teller(f"{kind} {run.label}"),
             )
+        del left[run]
     models.release()
     return folders
 
@@ -254,14 +257,19 @@ def _identity(ctx: EvalContext, models: Models, run: ArmRun, prompts: PromptSet)
 
 
 def _tell_estimate(
-    ctx: EvalContext, kind: str, model: Any, left: dict[ArmRun, list[Prompt]]
+    ctx: EvalContext, kind: str, speeds: dict[str, Speed], left: dict[ArmRun, list[Prompt]]
 ) -> None:
-    """What is going to be done and about how long it takes, before it begins."""
-    every = [one for samples in left.values() for one in samples]
-    speed = trial(model, max(one.num_tokens for one in every))
-    seconds = estimate(speed, every, ctx.world_size)
-    slowest = max(map(len, (share(many, 0, ctx.world_size) for many in left.values())))
-    ctx.say(
-        f"{kind}: {len(every)} answers in {sum(map(bool, left.values()))} arms, up to {slowest} an arm on "
-        f"each of {ctx.world_size} ranks, about {told(seconds)} if every answer is as long as allowed"
+    """What is still to be done and about how long it takes; `speeds`: of the arms timed so far."""
+    seconds = 0.0
+    for run, many in left.items():
+        known = [speeds[run.arm]] if run.arm in speeds else speeds.values()
+        seconds += max(estimate(speed, many, ctx.world_size) for speed in known)
+    count = sum(map(len, left.values()))
+    slowest = max(len(share(many, 0, ctx.world_size)) for many in left.values())
+    said = (
+        f"{kind}: {count} answers in {len(left)} arms, up to {slowest} an arm on each of "
+        f"{ctx.world_size} ranks, about {told(seconds)} if every answer is as long as allowed"
     )
+    if any(run.arm not in speeds for run in left):
+        said += f" and no other arm is slower than {', '.join(speeds)}"
+    ctx.say(said)

@@ -1,9 +1,10 @@
 """How long an evaluation takes: an estimate before it starts, and a bar while it runs.
 
-The estimate comes from one trial on the loaded model: a short prompt is read and a few tokens are decoded.
-Reading is scaled by the arithmetic of dense attention (linear in the tokens for the weights, quadratic for
-the scores), decoding by its steps, each answer counted at its limit. Sparse arms and answers that end early
-take less; a GPU that is not yet filled by the trial's prompt makes it too high as well.
+The estimate comes from one trial of each arm when it begins: a short prompt is read and a few tokens are
+decoded. Reading is scaled by the arithmetic of dense attention (linear in the tokens for the weights,
+quadratic for the scores), decoding by its steps, each answer counted at its limit. Answers that end early
+take less, and so does selecting in long prompts; a GPU that the trial's prompt does not fill makes the
+estimate too high as well.
 """
 
 from __future__ import annotations

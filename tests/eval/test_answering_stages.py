@@ -13,6 +13,7 @@ import pytest
 
 from dense2sparse.eval import benchmarks, models, score, stages
 from dense2sparse.eval.longbench_templates import Template
+from dense2sparse.eval.progress import Speed
 from dense2sparse.eval.ruler_corpus import PUBLIC_DOMAIN, Corpus
 from dense2sparse.eval.wandb_tables import stage_tables
 
@@ -184,14 +185,28 @@ def test_predictions_of_another_checkpoint_are_refused_before_a_model_is_loaded(
         stages.run_ruler(ctx, stage)
 
 
-def test_estimate_is_told_before_the_first_answer_and_not_when_all_is_there(context, capsys):
+def test_estimate_is_told_as_each_arm_is_timed_and_not_when_all_is_there(
+    context, capsys, monkeypatch
+):
+    # A dense arm takes 1 s an answer, one that selects 3 s.
+    seconds = iter([1.0, 1.0, 3.0, 3.0])
+    monkeypatch.setattr(benchmarks, "trial", lambda model, longest: Speed(0.0, next(seconds), 0.0))
+    monkeypatch.setattr(Speed, "prompt_s", lambda speed, sample: speed.s_per_step)
     ctx = context()
     stage = stage_of(ctx, "ruler")
     stages.run_ruler(ctx, stage)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ruler")]
-    assert lines[0].startswith(
-        "ruler: 12 answers in 6 arms, up to 2 an arm on each of 1 ranks, about"
-    )
-    assert all("prompts, " in line for line in lines[1:]) and len(lines) == 7
+    assert sum("prompts, " in line for line in lines) == 6
+    told = [line for line in lines if "answers in" in line]
+    limit = " if every answer is as long as allowed"
+    slower = " and no other arm is slower than original_dense"
+    arms = ", up to 2 an arm on each of 1 ranks, about "
+    assert told == [
+        f"ruler: 12 answers in 6 arms{arms}12 s{limit}{slower}",
+        f"ruler: 10 answers in 5 arms{arms}10 s{limit}{slower}, converted_dense",
+        f"ruler: 8 answers in 4 arms{arms}24 s{limit}{slower}, converted_dense, converted_sparse",
+        f"ruler: 6 answers in 3 arms{arms}18 s{limit}",
+    ]
+    assert lines.index(told[0]) == 0 and lines.index(told[2]) == 4, "before the arm's answers"
     stages.run_ruler(ctx, stage)
     assert "ruler" not in capsys.readouterr().out
