@@ -19,7 +19,10 @@ from .report_words import (
     scored_results,
     signed,
     span,
+    suite_name,
+    suite_pairs,
 )
+from .tables import by_suite
 
 _C = "converted_sparse"
 _ARMS = {_C: "C index branch", "converted_oracle": "D oracle"}
@@ -74,7 +77,8 @@ def _scores(kind: str, result: dict[str, Any]) -> list[Block]:
         means = {label: arm["means"].get(length) for label, arm in result["arms"].items()}
         values = {label: mean for label, mean in means.items() if mean is not None}
         tokens, size = _row_len(kind, result, length), length_name(length)
-        name = ruler_name(measured_tasks(result, length)) if kind == "ruler" else "LongBench"
+        tasks = next(iter(by_suite(measured_tasks(result, length)).items()))
+        name = ruler_name(tasks[1]) if kind == "ruler" else suite_name({"suite": tasks[0]})
         chart = _chart(values, top_ks, "score", y_range=padded(min(every), max(every)))
         charts.append(Chart(chart, f"{name} against budget, {size} tokens", half=True))
         made = [_dense_row(values, shape, tokens, 1)]
@@ -106,7 +110,8 @@ def _row_len(kind: str, result: dict[str, Any], length: str) -> int | None:
 
 def _lost(result: dict[str, Any], length: str, top_k: int) -> Cell | str:
     pair = find_pair(result, "cost of sparsity", top_k)
-    for entry in pair["lengths"] if pair else []:
+    entries = [entry for one in suite_pairs(pair) for entry in one["lengths"]] if pair else []
+    for entry in entries:
         if str(entry["length"]) == length:
             return Cell(signed(entry["lost"]["estimate"], 1), small=span(entry["lost"], 1))
     return ""

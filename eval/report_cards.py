@@ -15,15 +15,20 @@ from .report_data import RunFiles, duration
 from .report_words import (
     length_name,
     listed,
+    longbench_name,
     main_budget,
     main_pair,
     measured_lengths,
     measured_tasks,
     overall,
+    pair_tasks,
     ruler_name,
     scored_results,
     signed,
     span,
+    suite_name,
+    suite_pairs,
+    upper,
 )
 
 _COLOURS = {"non-inferior": 4, "undecided": 5, "inferior": 1}
@@ -36,7 +41,7 @@ _FIRST = {
 
 def cards(run: RunFiles) -> list[Card]:
     """What was lost, what attention costs now, what was trained; only what was measured."""
-    scored = [card for kind, one in scored_results(run) for card in _score_card(run, kind, one)]
+    scored = [card for kind, one in scored_results(run) for card in _score_cards(run, kind, one)]
     read = [card for one in run.final("perplexity") for card in _perplexity_card(run, one)]
     return [*scored, *read, *_operations_card(run), *_training_cards(run)]
 
@@ -51,11 +56,12 @@ def lead(run: RunFiles) -> list[Block]:
         if pair is None:
             continue
         first.add(_FIRST[pair["first"]])
-        name = "LongBench" if kind == "longbench" else "RULER"
-        name = ruler_name(measured_tasks(result)) if kind == "ruler" and several else name
-        for where, entry in _entries(kind, pair):
-            lost, colour = entry["lost"], _COLOURS.get(entry.get("verdict", ""), 0)
-            bars.append(Bar(name + where, lost["estimate"], lost["low"], lost["high"], colour))
+        for one in suite_pairs(pair):
+            name = suite_name(one) if kind == "longbench" else "RULER"
+            name = ruler_name(measured_tasks(result)) if kind == "ruler" and several else name
+            for where, entry in _entries(kind, one):
+                lost, colour = entry["lost"], _COLOURS.get(entry.get("verdict", ""), 0)
+                bars.append(Bar(name + where, lost["estimate"], lost["low"], lost["high"], colour))
     if len(bars) < 2:
         return []
     caption = f"Points of 100 lost from {listed(sorted(first))} to the converted, sparse one (C)"
@@ -78,28 +84,44 @@ def _entries(kind: str, pair: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
         yield ", all lengths" if lengths else "", whole
 
 
-def _score_card(run: RunFiles, kind: str, result: dict[str, Any]) -> list[Card]:
+def _score_cards(run: RunFiles, kind: str, result: dict[str, Any]) -> Iterator[Card]:
     top_k = main_budget(run, result)
     pair = main_pair(result, top_k)
-    entry = None if pair is None else overall(pair)
-    if pair is None or entry is None:
-        return []
-    tasks, lengths = measured_tasks(result), measured_lengths(result)
-    name = f"LongBench mean of {len(tasks)} tasks"
+    for one in suite_pairs(pair) if pair else []:
+        entry = overall(one)
+        if entry is not None:
+            yield _score_card(kind, result, one, entry, top_k)
+
+
+def _score_card(
+    kind: str,
+    result: dict[str, Any],
+    pair: dict[str, Any],
+    entry: dict[str, Any],
+    top_k: int | None,
+) -> Card:
+    lengths, name = measured_lengths(result), longbench_name(pair)
     if kind == "ruler":
-        name = ruler_name(tasks) + (f" at {length_name(lengths[0])}" if len(lengths) == 1 else "")
-    before, after = (_mean(result["arms"][pair[which]]) for which in ("first", "second"))
+        name = ruler_name(measured_tasks(result))
+        name += f" at {length_name(lengths[0])}" if len(lengths) == 1 else ""
+    tasks = pair_tasks(pair)
+    before, after = (_mean(result["arms"][pair[which]], tasks) for which in ("first", "second"))
     lost = entry["lost"]
     ends = {"low": -lost["high"], "high": -lost["low"]}
     detail = f"{before:.1f} to {after:.1f}; 95 % interval {span(ends, 1)}"
     if entry["unseen_share"] is not None:
-        detail = f"{before:.1f}; no score changed, up to {100 * entry['unseen_share']:.0f} % could"
-    return [Card(signed(-lost["estimate"], 1), f"points, {name}, k = {top_k}", detail)]
+        detail = f"{before:.1f}; no score changed, up to {upper(entry['unseen_share'])} could"
+    return Card(signed(-lost["estimate"], 1), f"points, {name}, k = {top_k}", detail)
 
 
-def _mean(arm: dict[str, Any]) -> float:
+def _mean(arm: dict[str, Any], tasks: list[str]) -> float:
     """Over tasks and lengths alike, as differences are."""
-    scores = [cell["score"] for tasks in arm["scores"].values() for cell in tasks.values()]
+    scores = [
+        cell["score"]
+        for by_task in arm["scores"].values()
+        for task, cell in by_task.items()
+        if task in tasks
+    ]
     return sum(scores) / len(scores)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .charts import Bar, interval_chart
 from .report_blocks import Block, Cell, Chart, Table
-from .report_words import COLOURS, MEANINGS, signed, span
+from .report_words import COLOURS, MEANINGS, signed, span, upper
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,5 @@ def cost_cell(cost: Cost, digits: int = 1) -> Cell:
     """An estimate with its interval, or that nothing changed and what that cannot exclude."""
     if cost.unseen_share is not None:
         note = "share of changed scores that so few pairs cannot exclude, 95 %"
-        return Cell("no score changed", None, note, f"up to {100 * cost.unseen_share:.0f} % could")
+        return Cell("no score changed", None, note, f"up to {upper(cost.unseen_share)} could")
     return Cell(signed(cost.interval["estimate"], digits), small=span(cost.interval, digits))

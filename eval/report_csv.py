@@ -9,14 +9,18 @@ from typing import Any
 
 from .report_data import RunFiles
 from .report_lm_eval import lm_eval_rows
+from .report_words import suite_name, suite_pairs
+from .tables import by_suite
 
 COLUMNS = ("kind", "stage", "length", "task", "arm", "measure", "value", "low", "high", "samples")
+TESTS = ("worse", "better", "p", "p_holm", "verdict", "margin", "unseen_share")
+"""Of a comparison; the first four of a task, the others of a mean."""
 
 
 def to_csv(run: RunFiles) -> str:
     """Every number of the evaluation stages."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS + TESTS, restval="", lineterminator="\n")
     writer.writeheader()
     for kind, rows in (
         ("perplexity", _perplexity_rows),
@@ -71,22 +75,43 @@ def _score_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 for count in ("truncated", "empty", "at_limit"):
                     if count in cell:
                         yield {**shared, "measure": count, "value": cell[count]}
-            shared = {"length": length, "task": _mean_of(tasks), "arm": label}
+            suite = next(iter(by_suite(tasks).values()))
+            shared = {"length": length, "task": _mean_of(suite), "arm": label}
             yield {**shared, "measure": "score", "value": arm["means"][length]}
         for name, value in (arm.get("ruler") or {}).items():
             if name != "all_tasks" and value is not None:
                 yield {"length": "all", "arm": label, "measure": name, "value": value}
+        if "seconds" in arm:
+            yield {"length": "all", "arm": label, "measure": "seconds", "value": arm["seconds"]}
         yield from _needle_rows(label, arm)
     for pair in result.get("comparisons", []):
-        measure = f"{pair['meaning']} (points lost)"
-        for entry in pair["lengths"]:
-            mean = _mean_of(task["task"] for task in entry["tasks"])
-            yield {"length": entry["length"], "task": mean, **_gap(pair, measure, entry["lost"])}
-            for task in entry["tasks"]:
-                shared = {"length": entry["length"], "task": task["task"]}
-                yield {**shared, **_gap(pair, measure, task["lost"])}
-        if "overall" in pair:
-            yield {"length": "all", **_gap(pair, measure, pair["overall"]["lost"])}
+        for one in suite_pairs(pair):
+            yield from _pair_rows(one, result.get("margin"))
+
+
+def _pair_rows(pair: dict[str, Any], margin: float | None) -> Iterator[dict[str, Any]]:
+    """Of one suite: each task and the mean at each length, and the mean of all."""
+    measure = f"{pair['meaning']} (points lost)"
+    for entry in pair["lengths"]:
+        shared = {
+            "length": entry["length"],
+            "task": _mean_of(one["task"] for one in entry["tasks"]),
+        }
+        yield {**shared, "margin": margin, **_tests(entry), **_gap(pair, measure, entry["lost"])}
+        for task in entry["tasks"]:
+            shared = {"length": entry["length"], "task": task["task"]}
+            yield {**shared, **_tests(task), **_gap(pair, measure, task["lost"])}
+    if "overall" in pair:
+        entry = pair["overall"]
+        shared = {
+            "length": "all",
+            "task": "" if pair.get("suite", "ruler") == "ruler" else suite_name(pair),
+        }
+        yield {**shared, "margin": margin, **_tests(entry), **_gap(pair, measure, entry["lost"])}
+
+
+def _tests(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry[name] for name in TESTS if name in entry}
 
 
 def _mean_of(tasks: Iterable[str]) -> str:

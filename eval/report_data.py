@@ -9,6 +9,10 @@ from typing import Any
 
 KINDS = ("probe", "perplexity", "ruler", "longbench")
 
+_ARMS: dict[str, type] = {"arms": dict, "comparisons": list}
+_PARTS: dict[str, dict[str, type]] = {"probe": {"budgets": list}, **dict.fromkeys(KINDS[1:], _ARMS)}
+"""What a measured stage's result cannot do without, by kind."""
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -33,8 +37,8 @@ class RunFiles:
         if not measured:
             return []
         newest = max(measured, key=lambda one: one["stage"])
-        wanted = newest.get("state"), newest.get("after")
-        return [one for one in self.results[kind] if (one.get("state"), one.get("after")) == wanted]
+        wanted = _weights(newest)
+        return [one for one in self.results[kind] if _weights(one) == wanted]
 
     def trainings(self) -> list[str]:
         """Labels of the recipe's training stages, such as `2-warmup`."""
@@ -77,6 +81,11 @@ class RunFiles:
         return dict(sorted(values.items()))
 
 
+def _weights(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result measured: words may be the same of two checkpoints."""
+    return tuple(result.get(key) for key in ("state", "after", "checkpoint"))
+
+
 def duration(done: dict[str, Any]) -> float:
     """Seconds of a stage, from its done.json."""
     return float(done.get("seconds") or done.get("seconds_since_start_or_resume") or 0.0)
@@ -117,7 +126,15 @@ def _results(folder: Path) -> list[dict[str, Any]]:
         results.append(_json(path))
         if not isinstance(results[-1].get("stage"), int):
             raise ValueError(f"{path} names no stage: delete it and run again")
+        if results[-1].get("measured", True):
+            _check_parts(path, results[-1], _PARTS[folder.name])
     return sorted(results, key=lambda result: result["stage"])
+
+
+def _check_parts(path: Path, result: dict[str, Any], parts: dict[str, type]) -> None:
+    for name, kind in parts.items():
+        if not isinstance(result.get(name), kind) or not result[name] and kind is dict:
+            raise ValueError(f"{path} is damaged (it has no {name}): delete it and run again")
 
 
 def _lm_eval(path: Path) -> dict[str, Any]:

@@ -9,7 +9,16 @@ from .report_blocks import Block, Cell, Section, Table, Text
 from .report_costs import Cost, costs
 from .report_data import RunFiles
 from .report_ruler import flips
-from .report_words import arm_name, budget_of, shown_arms, when
+from .report_words import (
+    arm_name,
+    budget_of,
+    counted,
+    longbench_name,
+    measured_in,
+    shown_arms,
+    suite_pairs,
+    when,
+)
 
 _LANGUAGES = {"en": "English", "zh": "Chinese"}
 
@@ -22,7 +31,7 @@ def longbench_section(run: RunFiles) -> Section:
             continue
         labels = shown_arms(run, result)
         arms = {label: result["arms"][label]["longbench"] for label in labels}
-        section.blocks.append(Text(when(run, result), "head"))
+        section.blocks.append(Text(when(run, result) + measured_in(result), "head"))
         section.blocks.extend(_causes(result))
         for name in _LANGUAGES:
             section.blocks.extend(_categories(arms, name))
@@ -112,19 +121,22 @@ def _tasks(arms: dict[str, Any]) -> Table:
 
 
 def _causes(result: dict[str, Any]) -> list[Block]:
-    entries = [(pair, pair["overall"]) for pair in result["comparisons"] if "overall" in pair]
-    found = [
-        Cost(pair["meaning"], budget_of(pair["second"]), entry["lost"], entry["unseen_share"])
-        for pair, entry in entries
-    ]
-    if not found:
-        return []
-    pairs = entries[0][1]["lost"]["samples"]
-    caption = (
-        f"LongBench: points lost, mean over tasks, with 95 % intervals from {pairs:,} paired answers; "
-        "positive is worse"
-    )
-    return costs(found, caption, "points that are lost, LongBench")
+    """A table and a chart for each suite."""
+    found: dict[str, list[Cost]] = {}
+    for pair in result["comparisons"]:
+        for one in suite_pairs(pair):
+            if "overall" in one:
+                entry = one["overall"]
+                cost = Cost(
+                    one["meaning"], budget_of(one["second"]), entry["lost"], entry["unseen_share"]
+                )
+                found.setdefault(longbench_name(one), []).append(cost)
+    blocks: list[Block] = []
+    for name, many in found.items():
+        answers = counted(int(many[0].interval["samples"]), "paired answer")
+        caption = f"{name}: points lost, with 95 % intervals from {answers}; positive is worse"
+        blocks += costs(many, caption, f"points that are lost, {name}")
+    return blocks
 
 
 def _score(value: float | None, *, moot: bool = False) -> Cell | str:

@@ -16,6 +16,7 @@ from .report_words import (
     few,
     find_pair,
     main_budget,
+    measured_in,
     position_name,
     short_name,
     shown_arms,
@@ -33,8 +34,8 @@ def perplexity_section(run: RunFiles) -> Section:
         arms = result["arms"]
         base = "original_dense" if "original_dense" in arms else next(iter(arms))
         caption = (
-            f"{when(run, result)}; {result['rows']} held-out rows of {result['row_len']} tokens "
-            f"({result['blocks']} blocks each), the same rows in every arm; "
+            f"{when(run, result)}{measured_in(result)}; {result['rows']} held-out rows of "
+            f"{result['row_len']} tokens ({result['blocks']} blocks each), the same rows in every arm; "
             f"below each the change against {LETTERS[base][0]}"
         )
         section.blocks.append(_table(arms, base, caption))

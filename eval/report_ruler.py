@@ -13,12 +13,15 @@ from .report_words import (
     MOOT,
     arm_name,
     budget_of,
+    counted,
     find_pair,
     length_name,
     listed,
     main_budget,
+    measured_in,
     measured_lengths,
     measured_tasks,
+    plain,
     ruler_name,
     shown_arms,
     signed,
@@ -48,7 +51,7 @@ def ruler_section(run: RunFiles) -> Section:
         tasks = measured_tasks(result)
         if not tasks:
             continue
-        title = f"{ruler_name(tasks)}, {when(run, result)}"
+        title = f"{ruler_name(tasks)}, {when(run, result)}{measured_in(result)}"
         section.blocks.extend([Text(title, "head"), Text(f"Corpus {result['label']}.", "warn")])
         section.blocks.extend(_by_length(run, result))
         if result in final:
@@ -162,8 +165,8 @@ def _arms_table(result: dict[str, Any], length: str, *, folded: bool) -> Table:
         rows.append([f"mean of these {len(tasks)} tasks", *(Cell(f"{m:.1f}", m) for m in means)])
     rows.append(["seconds, all lengths", *(f"{arm['seconds']:.0f}" for arm in arms.values())])
     caption = (
-        f"{length_name(length)} tokens, {result['samples']} prompts a task, the same in every arm. "
-        f"* {MOOT}"
+        f"{length_name(length)} tokens, {counted(result['samples'], 'prompt')} a task, the same in every "
+        f"arm. * {MOOT}"
     )
     if not folded and any(arm.get("ruler") for arm in arms.values()):
         caption += ". RULER's effective length and weighted averages: not computed: one length"
@@ -239,6 +242,7 @@ def _causes(result: dict[str, Any]) -> list[Block]:
     """Costs over all lengths; of results that have none, at each length."""
     places: dict[str, list[Cost]] = {}
     pairs: dict[str, int] = {}
+    informative: dict[str, list[str]] = {}
     for pair in result["comparisons"]:
         entries = {f"{entry['length']} tokens": entry for entry in pair["lengths"]}
         if len(entries) > 1 and "overall" in pair:
@@ -246,15 +250,30 @@ def _causes(result: dict[str, Any]) -> list[Block]:
         for place, entry in entries.items():
             pairs[place] = entry["lost"]["samples"]
             places.setdefault(place, []).append(_cost(pair, entry))
+            informative.setdefault(place, []).extend(_informative(pair, entry))
     name = ruler_name(measured_tasks(result))
     blocks: list[Block] = []
     for place, found in places.items():
         caption = (
-            f"{name}: points lost at {place}, with 95 % intervals from {pairs[place]:,} paired "
-            "answers; positive is worse"
+            f"{name}: points lost at {place}, with 95 % intervals from "
+            f"{counted(pairs[place], 'paired answer')}; positive is worse"
         )
         blocks += costs(found, caption, f"points that are lost, {name}, {place}")
+        if informative[place]:
+            said = f"Points lost without cells where both arms are {MOOT.split(':')[0]}"
+            blocks.append(Text(f"{said}: {listed(informative[place])}."))
     return blocks
+
+
+def _informative(pair: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """`budget cost, k = 16, 3.1 (1.0 to 5.2)`: the mean over informative cells where there are others."""
+    lost = entry.get("lost_informative")
+    return [f"{_named(pair)} {plain(lost)}"] if lost and entry["uninformative"] else []
+
+
+def _named(pair: dict[str, Any]) -> str:
+    k = budget_of(pair["second"])
+    return f"{pair['meaning']}, k = {k}" if k else str(pair["meaning"])
 
 
 def _cost(pair: dict[str, Any], entry: dict[str, Any]) -> Cost:
@@ -263,12 +282,12 @@ def _cost(pair: dict[str, Any], entry: dict[str, Any]) -> Cost:
 
 def _notes(result: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = []
-    name = f"{ruler_name(measured_tasks(result))} ({result['samples']} prompts a task)"
+    name = f"{ruler_name(measured_tasks(result))} ({counted(result['samples'], 'prompt')} a task)"
     for skipped in result["skipped"]:
         blocks.append(Text(f"Left out at {skipped['length']} tokens: {skipped['reason']}.", "warn"))
     changed = [
         [
-            f"{pair['meaning']}, k = {k}" if (k := budget_of(pair["second"])) else pair["meaning"],
+            _named(pair),
             task["task"],
             length_name(entry["length"]),
             str(task["worse"]),
@@ -280,7 +299,9 @@ def _notes(result: dict[str, Any]) -> list[Block]:
         for task in entry["tasks"]
         if task["p_holm"] < 0.05
     ]
-    test = "McNemar's exact test after Holm's correction"
+    test = (
+        "the exact sign test (McNemar's where answers are right or wrong) after Holm's correction"
+    )
     if not changed:
         return [*blocks, Text(f"{name}: no single cell differs by {test}.")]
     columns = ["comparison", "task", "tokens", "worse", "better", "adjusted p"]

@@ -12,15 +12,19 @@ from ..recipes.stages import RULER_TASKS
 from .report_data import RunFiles
 from .report_words import (
     MEANINGS,
+    any_pair,
     budget_of,
     budgets,
+    counted,
     find_pair,
     listed,
+    longbench_name,
     main_budget,
     main_pair,
     measured_lengths,
     measured_tasks,
     overall,
+    pair_tasks,
     plain,
     reach,
     ruler_name,
@@ -28,6 +32,8 @@ from .report_words import (
     signed,
     span,
     start_name,
+    suite_pairs,
+    upper,
     when,
 )
 
@@ -55,13 +61,15 @@ def verdict(run: RunFiles) -> Verdict:
     told: list[Verdict] = []
     for kind, one in scored:
         top_k = main_budget(run, one)
-        pair = main_pair(one, top_k)
-        entry = None if pair is None else overall(pair)
-        if pair is not None and entry is not None:
+        found = any_pair(one, top_k)
+        for place, pair in enumerate(suite_pairs(found) if found else []):
+            entry = overall(pair)
+            if entry is None:
+                continue
             said = _score_line(kind, one, pair, entry)
-            causes = _causes(one, top_k, explain=not told)
+            causes = _causes(one, top_k, place, explain=not told)
             lines = [said, _moot(pair, entry), causes, _prompts(kind, one)]
-            tone = _TONES.get(entry.get("verdict", ""), "")
+            tone = _TONES.get(entry.get("verdict", ""), "") if _is_main(pair) else ""
             told.append(Verdict([line for line in lines if line], [], tone))
     rest = [" ".join(one.head) for one in told[1:]]
     rest += [_perplexity_line(run, one, perplexities) for one in perplexities]
@@ -79,17 +87,12 @@ def _score_line(
     tasks = measured_tasks(result)
     what = f"{'the ' if tasks[1:] else ''}{ruler_name(tasks)} {reach(measured_lengths(result))}"
     if kind == "longbench":
-        what = f"the LongBench mean of {len(tasks)} tasks" if tasks[1:] else f"LongBench {tasks[0]}"
-    answers = f"{entry['lost']['samples']:,} paired answers"
-    whole = pair["meaning"] == "whole conversion"
-    begin = "Converted to read" if whole else "Reading"
-    begin += (
-        f" {budget_of(pair['second'])} {_blocks(result)}{'' if whole else ' instead of all'}, the"
-    )
-    begin += f" {'' if whole else 'converted '}model"
+        what = f"{'the ' if pair_tasks(pair)[1:] else ''}{longbench_name(pair)}"
+    answers = counted(int(entry["lost"]["samples"]), "paired answer")
+    begin = _subject(result, pair)
     lost = entry["lost"]
     if entry["unseen_share"] is not None:
-        share = f"{100 * entry['unseen_share']:.0f} %"
+        share = upper(entry["unseen_share"])
         said = (
             f"has the same score on every prompt of {what} ({answers}; up to {share} could change)"
         )
@@ -102,6 +105,25 @@ def _score_line(
         said = f"loses {points} points of {what} (95 % interval {ends[:-1]}, {answers})"
     parts = [f"{begin} {said}", _judged(result, entry)]
     return ", ".join(part for part in parts if part) + "."
+
+
+def _subject(result: dict[str, Any], pair: dict[str, Any]) -> str:
+    """Who lost or gained: the model by what it reads, or the second arm of another comparison."""
+    if not _is_main(pair):
+        return f"{_only(pair)}: the second arm"
+    read = f"{budget_of(pair['second'])} {_blocks(result)}"
+    if pair["meaning"] == "whole conversion":
+        return f"Converted to read {read}, the model"
+    return f"Reading {read} instead of all, the converted model"
+
+
+def _only(pair: dict[str, Any]) -> str:
+    meaning = pair["meaning"]
+    return f"Only a part was measured, {meaning} ({MEANINGS[meaning]})"
+
+
+def _is_main(pair: dict[str, Any]) -> bool:
+    return pair["meaning"] in ("whole conversion", "cost of sparsity")
 
 
 def _moot(pair: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -132,12 +154,15 @@ def _judged(result: dict[str, Any], entry: dict[str, Any]) -> str:
     }[entry["verdict"]]
 
 
-def _causes(result: dict[str, Any], top_k: int | None, *, explain: bool) -> str:
-    """`By cause: training drift 0.1 (0.0 to 0.2), budget cost 0.3 ... and indexer error 0.8 ....`"""
+def _causes(result: dict[str, Any], top_k: int | None, suite: int, *, explain: bool) -> str:
+    """`By cause: training drift 0.1 (0.0 to 0.2), budget cost 0.3 ... and indexer error 0.8 ....`
+
+    `suite`: place in `suite_pairs`.
+    """
     parts, changed = [], False
     for meaning in _CAUSES:
         pair = find_pair(result, meaning, top_k)
-        entry = None if pair is None else overall(pair)
+        entry = None if pair is None else overall(suite_pairs(pair)[suite])
         if entry is None:
             continue
         same = entry["unseen_share"] is not None
@@ -159,13 +184,15 @@ def _prompts(kind: str, result: dict[str, Any]) -> str:
 
 def _perplexity_line(run: RunFiles, result: dict[str, Any], every: list[dict[str, Any]]) -> str:
     top_k = main_budget(run, result)
-    pair = main_pair(result, top_k)
+    pair = any_pair(result, top_k)
     if pair is None:
         return ""
     change = pair["change_pct"]
     several = f" (stage {result['stage']})" if every[1:] else ""
-    moved = f"{_moved(change['estimate'], 2, ' %')} than {_reference(pair)}"
-    said = f"Reading {top_k} of {result['blocks']} blocks, perplexity{several} is {moved}"
+    begin = f"Reading {top_k} of {result['blocks']} blocks, perplexity{several}"
+    if not _is_main(pair):
+        begin = f"{_only(pair)}: perplexity{several}"
+    said = f"{begin} is {_moved(change['estimate'], 2, ' %')} than {_reference(pair)}"
     parts = [f"{said} ({_interval(change, 2, ' %')})"]
     named = [(name, find_pair(result, name, top_k)) for name in _CAUSES]
     causes = [
@@ -203,8 +230,10 @@ def _start(run: RunFiles) -> str:
 
 
 def _reference(pair: dict[str, Any]) -> str:
-    dense = pair["first"] == "converted_dense"
-    return "with full attention" if dense else "that of the original model"
+    return {
+        "converted_dense": "with full attention",
+        "original_dense": "that of the original model",
+    }.get(pair["first"], "with the best blocks")
 
 
 def _moved(value: float, digits: int, unit: str) -> str:

@@ -100,6 +100,36 @@ def main_pair(result: dict[str, Any], top_k: int | None) -> dict[str, Any] | Non
     )
 
 
+def any_pair(result: dict[str, Any], top_k: int | None) -> dict[str, Any] | None:
+    """`main_pair`, or where neither was measured whatever comparison there is."""
+    found = (find_pair(result, meaning, top_k) for meaning in MEANINGS)
+    return main_pair(result, top_k) or next((pair for pair in found if pair), None)
+
+
+def suite_pairs(pair: dict[str, Any]) -> list[dict[str, Any]]:
+    """A comparison for each suite of LongBench that it has, as if it were of that alone, v1 first."""
+    others = pair.get("suites") or {}
+    return [pair, *({**pair, **entry, "suite": suite} for suite, entry in others.items())]
+
+
+def pair_tasks(pair: dict[str, Any]) -> list[str]:
+    """Tasks that a comparison is of."""
+    return sorted({task["task"] for entry in pair["lengths"] for task in entry["tasks"]})
+
+
+def suite_name(pair: dict[str, Any]) -> str:
+    """`LongBench`, `LongBench-E` or `LongBench v2`."""
+    return {"e": "LongBench-E", "v2": "LongBench v2"}.get(pair.get("suite", ""), "LongBench")
+
+
+def longbench_name(pair: dict[str, Any]) -> str:
+    """What a comparison of LongBench is of: one task by its name, many by their number."""
+    tasks = pair_tasks(pair)
+    if len(tasks) > 1:
+        return f"{suite_name(pair)} mean of {len(tasks)} tasks"
+    return suite_name(pair) + (f" {tasks[0]}" if tasks != ["v2"] else "")
+
+
 def overall(pair: dict[str, Any]) -> dict[str, Any] | None:
     """A comparison over all lengths: `lost`, `unseen_share`, and `verdict` where it was recorded."""
     found = pair.get("overall")
@@ -142,9 +172,33 @@ def position_name(first: int, last: int) -> str:
 def when(run: RunFiles, result: dict[str, Any]) -> str:
     """Which training stages had been run before a measurement, or which checkpoint it was."""
     if result.get("state"):
-        return str(result["state"])
+        return str(result["state"]) + _which_checkpoint(run, result)
     trained = result.get("after") or []
     return "after " + ", ".join(trained) if trained else f"before training: {start_name(run)}"
+
+
+def _which_checkpoint(run: RunFiles, result: dict[str, Any]) -> str:
+    """Its fingerprint, where another one was measured under the same words."""
+    every = [one for many in run.results.values() for one in many]
+    named = {one.get("checkpoint") for one in every if one.get("state") == result["state"]}
+    return f" (checkpoint {str(result.get('checkpoint'))[:8]})" if len(named) > 1 else ""
+
+
+def measured_in(result: dict[str, Any]) -> str:
+    """`, float32`, with the index scores' precision where that is another; empty if not recorded."""
+    index = result.get("index_precision", "input")
+    words = [result.get("precision", ""), "" if index == "input" else f"index scores in {index}"]
+    return "".join(f", {word}" for word in words if word)
+
+
+def upper(share: float) -> str:
+    """`12 %`, or `<1 %`: a share that cannot be excluded is not none."""
+    return f"{100 * share:.0f} %" if share >= 0.01 else "<1 %"
+
+
+def counted(count: int, word: str) -> str:
+    """`1 prompt`, `5 prompts`."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def start_name(run: RunFiles) -> str:
@@ -174,14 +228,24 @@ def measured_lengths(result: dict[str, Any]) -> list[str]:
 
 
 def scored_results(run: RunFiles) -> list[tuple[str, dict[str, Any]]]:
-    """(kind, result) of RULER and LongBench, the one over most tasks of RULER first."""
+    """(kind, result) of RULER and LongBench; of RULER's the best evidence first.
+
+    That is most tasks, then most answers, then the longest prompts.
+    """
     found = [
         (kind, one)
         for kind in ("ruler", "longbench")
         for one in run.final(kind)
         if kind == "ruler" or one.get("measured")
     ]
-    return sorted(found, key=lambda one: (one[0] != "ruler", -len(measured_tasks(one[1]))))
+    return sorted(found, key=lambda one: (one[0] != "ruler", *_evidence(one[1])))
+
+
+def _evidence(result: dict[str, Any]) -> tuple[int, int, int]:
+    scores = next(iter(result["arms"].values()))["scores"]
+    answers = sum(cell["samples"] for tasks in scores.values() for cell in tasks.values())
+    longest = max(map(int, measured_lengths(result)), default=0)
+    return -len(measured_tasks(result)), -answers, -longest
 
 
 def ruler_name(tasks: Sequence[str]) -> str:

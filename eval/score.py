@@ -113,7 +113,7 @@ def evaluate(
                 "meaning": meaning,
                 "first": first,
                 "second": second,
-                **tables.compare(arms[first], arms[second], margin=margin),
+                **tables.compare_suites(arms[first], arms[second], margin=margin),
                 "flips": tables.flips(arms[first], arms[second]),
             }
         )
@@ -302,12 +302,14 @@ def summary(found: Mapping[str, Any]) -> str:
         if arm["ruler"]:
             lines.append(f"{'':28} {_ruler_line(arm['ruler'], max(map(int, arm['scores'])))}")
     for pair in found["comparisons"]:
-        lost = pair["overall"]["lost"]
-        lines.append(
-            f"{pair['meaning']} ({pair['first']} - {pair['second']}): {lost['estimate']:+.2f} points lost "
-            f"[{lost['low']:+.2f}, {lost['high']:+.2f}], {pair['overall']['verdict']} at a margin of "
-            f"{found['margin']:g}"
-        )
+        several = bool(pair["suites"])
+        for suite, entry in {pair["suite"]: pair, **pair["suites"]}.items():
+            lost = entry["overall"]["lost"]
+            lines.append(
+                f"{pair['meaning']}{f', {suite}' if several else ''} ({pair['first']} - {pair['second']}): "
+                f"{lost['estimate']:+.2f} points lost [{lost['low']:+.2f}, {lost['high']:+.2f}], "
+                f"{entry['overall']['verdict']} at a margin of {found['margin']:g}"
+            )
     if not found["comparisons"]:
         lines.append("no two arms to compare: name folders by their arm, or give --compare")
     return "\n".join(lines)

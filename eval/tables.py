@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..recipes.stages import RULER_TASKS
+from .longbench_tasks import SUITES, TASKS, V2, base, suite_of
 from .statistics import (
     changed_p,
     holm,
@@ -53,11 +54,24 @@ def cells(records: Predictions) -> dict[str, dict[str, dict[str, Any]]]:
     return table
 
 
+def by_suite(tasks: Iterable[str]) -> dict[str, list[str]]:
+    """`ruler`, `v1`, `e`, `v2` -> its tasks, in this order; what is not LongBench's counts as RULER's.
+
+    LongBench's suites share records and differ in size, so no mean is taken over two of them.
+    """
+    found: dict[str, list[str]] = {name: [] for name in ("ruler", *SUITES)}
+    for task in tasks:
+        known = task == V2 or base(task) in TASKS
+        found[suite_of(task) if known else "ruler"].append(task)
+    return {name: many for name, many in found.items() if many}
+
+
 def means(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """length -> plain mean over its tasks."""
+    """length -> plain mean over its tasks, of LongBench those of the first suite there."""
+    first = {length: next(iter(by_suite(tasks).values())) for length, tasks in table.items()}
     return {
-        length: sum(cell["score"] for cell in tasks.values()) / len(tasks)
-        for length, tasks in table.items()
+        length: _mean(table[length][task]["score"] for task in tasks)
+        for length, tasks in first.items()
     }
 
 
@@ -110,6 +124,21 @@ def compare(first: Predictions, second: Predictions, *, margin: float) -> dict[s
         entry = {"length": length, **_lost(here, tasks, margin)}
         lengths.append({**entry, "tasks": [tasks[place] for place in here]})
     return {"lengths": lengths, "overall": _lost(pairs, tasks, margin)}
+
+
+def compare_suites(first: Predictions, second: Predictions, *, margin: float) -> dict[str, Any]:
+    """`compare` for each suite alone.
+
+    Returns:
+        What `compare` does of the first one (RULER, LongBench v1, E, v2), its name as `suite`, and the
+        others' under `suites` by name.
+    """
+    found = {
+        suite: compare(_of(first, tasks), _of(second, tasks), margin=margin)
+        for suite, tasks in by_suite({record["task"] for record in first.values()}).items()
+    }
+    leading = next(iter(found))
+    return {"suite": leading, **found.pop(leading), "suites": found}
 
 
 def costs(records: Predictions) -> dict[str, dict[str, Any]]:
@@ -206,6 +235,10 @@ def flips(first: Predictions, second: Predictions) -> list[dict[str, Any]]:
             }
         )
     return shown
+
+
+def _of(records: Predictions, tasks: Sequence[str]) -> Predictions:
+    return {name: record for name, record in records.items() if record["task"] in tasks}
 
 
 def _grouped(records: Predictions) -> dict[tuple[int, str], list[dict[str, Any]]]:

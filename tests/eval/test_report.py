@@ -153,11 +153,14 @@ def test_what_is_no_run_is_refused(tmp_path, content, capsys):
         ("eval/ruler/stage-4.json", "{", "stage-4.json is damaged"),
         ("eval/ruler/stage-4.json", "[1]", "stage-4.json is damaged (no JSON object)"),
         ("eval/ruler/stage-4.json", "{}", "stage-4.json names no stage"),
+        ("eval/ruler/stage-4.json", '{"stage": 0}', "stage-4.json is damaged (it has no arms)"),
+        ("eval/probe/stage-0.json", '{"stage": 0}', "stage-0.json is damaged (it has no budgets)"),
         ("recipe.json", "3", "recipe.json is damaged (no JSON object)"),
         ("metrics.jsonl", "7\n{}\n", "metrics.jsonl, line 1, is damaged"),
     ],
 )
 def test_damaged_file_is_refused_by_name(made_up_run, capsys, name, content, words):
+    (made_up_run / name).parent.mkdir(exist_ok=True)
     (made_up_run / name).write_text(content, encoding="utf-8")
     assert main([str(made_up_run)]) == 2
     error = capsys.readouterr().err
