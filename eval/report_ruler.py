@@ -13,11 +13,13 @@ from .report_words import (
     MOOT,
     arm_name,
     budget_of,
+    budgets,
     counted,
     find_pair,
     length_name,
     listed,
     main_budget,
+    main_pair,
     measured_in,
     measured_lengths,
     measured_tasks,
@@ -243,6 +245,7 @@ def _causes(result: dict[str, Any]) -> list[Block]:
     places: dict[str, list[Cost]] = {}
     pairs: dict[str, int] = {}
     informative: dict[str, list[str]] = {}
+    main = [main_pair(result, top_k) for top_k in budgets(result)]
     for pair in result["comparisons"]:
         entries = {f"{entry['length']} tokens": entry for entry in pair["lengths"]}
         if len(entries) > 1 and "overall" in pair:
@@ -250,7 +253,9 @@ def _causes(result: dict[str, Any]) -> list[Block]:
         for place, entry in entries.items():
             pairs[place] = entry["lost"]["samples"]
             places.setdefault(place, []).append(_cost(pair, entry))
-            informative.setdefault(place, []).extend(_informative(pair, entry))
+            informative.setdefault(place, [])
+            if pair in main:
+                informative[place] += _informative(pair, entry)
     name = ruler_name(measured_tasks(result))
     blocks: list[Block] = []
     for place, found in places.items():

@@ -130,13 +130,13 @@ def test_part_that_was_compared_alone_is_told_by_its_name(tmp_path, labels, word
 
 def test_mean_without_uninformative_cells_stands_below_the_costs(tmp_path):
     result = ruler(1, samples=12, tasks=("vt", "niah_single_1"))
-    pair = next(one for one in result["comparisons"] if one["meaning"] == "cost of sparsity")
+    pair = next(one for one in result["comparisons"] if one["meaning"] == "whole conversion")
     entry = pair["lengths"][0]  # one length: its own entry is shown
     entry["uninformative"] = 1
     entry["lost_informative"] = {"estimate": 7.06, "low": 1.0, "high": 13.0}
     text = write_report(write(tmp_path, ruler_1=result))["markdown"].read_text(encoding="utf-8")
-    assert "Points lost without cells where both arms are below 10 or above 99: " in text
-    assert "cost of sparsity, k = 16 7.1 (1.0 to 13.0)" in text
+    said = "Points lost without cells where both arms are below 10 or above 99: whole conversion, k = 16 "
+    assert f"{said}7.1 (1.0 to 13.0)." in text
 
 
 def test_precision_stands_in_the_head_of_a_result(tmp_path):
