@@ -34,8 +34,8 @@ def perplexity_section(run: RunFiles) -> Section:
         arms = result["arms"]
         base = "original_dense" if "original_dense" in arms else next(iter(arms))
         caption = (
-            f"{when(run, result)}; {result['rows']} held-out rows of "
-            f"{result['row_len']} tokens ({result['blocks']} blocks each), the same rows in every arm{measured_in(result)}; "
+            f"{when(run, result)}; {result['rows']} held-out rows of {result['row_len']} tokens "
+            f"({result['blocks']} blocks each), the same rows in every arm{measured_in(result)}; "
             f"below each the change against {LETTERS[base][0]}"
         )
         section.blocks.append(_table(arms, base, caption))
