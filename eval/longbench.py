@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .longbench_prompts import BENCHMARK, Builder, LongbenchSample
-from .longbench_records import Records, RecordsMissing, fetch, read
+from .longbench_records import Records, RecordsMissing, command, fetch, read
 from .longbench_score import not_scorable
 from .longbench_tasks import V2, base, chosen
 from .longbench_templates import Template, templates
@@ -89,9 +89,14 @@ def plan(
         chat: None uses the tokenizer's chat template where it has one; False never does.
 
     Raises:
-        ValueError: unknown task or suite, bad records, a length the window cannot hold, no chat template.
+        ValueError: unknown task or suite, no such folder, bad records, a length the window cannot hold, no
+            chat template.
     """
     names = chosen(suites, tasks)
+    if records is not None and not records.is_dir():
+        raise ValueError(
+            f"longbench.folder={records} is not a folder: {command(names[0], records)}"
+        )
     limit = check_max_length(max_length, window)
     use_chat = check_chat(tokenizer, chat)
     missing = not_scorable(names)

@@ -106,7 +106,7 @@ def check_lengths(lengths: Sequence[int], window: int | None) -> None:
         if window is not None and length > window:
             raise ValueError(
                 f"ruler length {length} is above the model's window of {window} tokens: "
-                f"use lengths up to {window}, or stretch the window with model.rope"
+                f"use lengths up to {window}, or convert with model.rope, which stretches it"
             )
 
 

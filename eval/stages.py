@@ -148,6 +148,11 @@ def _needles(ctx: EvalContext, stage: ProbeStage, top_ks: list[int]) -> dict[str
     length = ctx.recipe.data.row_len
     check_lengths([length], ctx.window())
     prompts = ruler_prompts(ctx, [NEEDLE_TASK], [length], stage.needles)
+    if not prompts.samples:
+        raise ValueError(
+            f"stages.{ctx.number(stage)}.needles: {prompts.skipped[0]['reason']}: raise data.row_len or "
+            "set needles to 0"
+        )
     runs = arm_runs(["converted_dense", "converted_oracle"], top_ks)
     folders = answers(ctx, "ruler", prompts, runs)
     ctx.barrier()

@@ -103,17 +103,20 @@ def scores(result: Result) -> Table:
 
 
 def comparisons(result: Result) -> Table:
-    """Points lost from the first arm to the second: over everything, by length, and by length and task."""
+    """Points lost from the first arm to the second in each suite: over all, by length, by length and task."""
     rows: list[tuple[Any, ...]] = []
     for pair in result["comparisons"]:
         arms = (pair["meaning"], pair["first"], pair["second"])
-        rows.append((*arms, None, None, *_lost(pair["overall"])))
-        for entry in pair["lengths"]:
-            rows.append((*arms, entry["length"], None, *_lost(entry)))
-            for task in entry["tasks"]:
-                rows.append((*arms, entry["length"], task["task"], *_lost(task)))
+        suites = {pair.get("suite"): pair, **pair.get("suites", {})}
+        for suite, found in suites.items():
+            head = (*arms, suite)
+            rows.append((*head, None, None, *_lost(found["overall"])))
+            for entry in found["lengths"]:
+                rows.append((*head, entry["length"], None, *_lost(entry)))
+                for task in entry["tasks"]:
+                    rows.append((*head, entry["length"], task["task"], *_lost(task)))
     outcome = ("points_lost", "low", "high", "samples", "p", "p_holm", "verdict", "uninformative")
-    return Table(("meaning", "first", "second", "length", "task", *outcome), rows)
+    return Table(("meaning", "first", "second", "suite", "length", "task", *outcome), rows)
 
 
 def answers(predictions: Mapping[str, Predictions]) -> Table:

@@ -38,6 +38,7 @@ def answering():
 def home(answering, tmp_path_factory, tokenizer):
     home = tmp_path_factory.mktemp("benchmarks")
     answering.build_home(home, answering.lively_model(), tokenizer, stages=STAGES)
+    (home / "longbench").mkdir()
     return home
 
 
@@ -110,6 +111,17 @@ def test_longbench_without_records_is_recorded_as_not_measured(context):
     result = stages.run_longbench(ctx, stage_of(ctx, "longbench"))
     assert result["measured"] is False and "hf download" in result["reason"]
     assert [entry["task"] for entry in result["missing"]] == ["qasper", "trec"]
+
+
+def test_a_longbench_folder_that_is_not_there_is_refused_before_a_model_is_loaded(
+    context, monkeypatch, home
+):
+    monkeypatch.setattr(models, "load_dense", None)
+    ctx = context()
+    stage = stage_of(ctx, "longbench").model_copy(update={"folder": str(home / "gone")})
+    with pytest.raises(ValueError, match=r"longbench.folder=\S*gone is not a folder"):
+        stages.run_longbench(ctx, stage)
+    assert not list(ctx.run_dir.rglob("*.json")), "no result"
 
 
 def test_longbench_is_answered_and_scored_where_records_lie(context, tmp_path, monkeypatch):

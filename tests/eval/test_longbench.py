@@ -168,8 +168,8 @@ def test_an_absent_file_does_not_hide_the_ones_that_are_there(tmp_path, tokenize
     made = prepare(tmp_path, tokenizer, tasks=["qasper", "trec"], records=folder)
     assert [one.task for one in made.samples] == ["trec"]
     assert "holds no TASK.jsonl for it: `hf download" in made.missing[0]["reason"]
-    absent = prepare(tmp_path, tokenizer, records=tmp_path / "nowhere")
-    assert "is not a folder" in absent.missing[0]["reason"]
+    with pytest.raises(ValueError, match=r"longbench.folder=\S*nowhere is not a folder: `hf down"):
+        prepare(tmp_path, tokenizer, records=tmp_path / "nowhere")
 
 
 def test_chinese_tasks_are_named_and_left_out_without_jieba(

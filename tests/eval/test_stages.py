@@ -39,7 +39,6 @@ stages:
   - {{kind: probe, top_k: [2, 4], rows: 2}}
   - {{kind: perplexity, rows: 3, top_k: [4, 64]}}
   - {{kind: ruler, tasks: [niah_single_1], lengths: [512], samples: 2, top_k: [4, 64]}}
-  - {{kind: longbench, folder: {home}/longbench, max_length: 600, tasks: [qasper, trec]}}
   - {{kind: report}}
 train: {{precision: fp32}}
 wandb: {{mode: disabled}}

@@ -263,6 +263,12 @@ def test_comparisons_have_a_row_for_everything_each_length_and_each_task():
     assert [(row["p"], row["p_holm"]) for row in found] == [(None, None), (None, None), (0.25, 0.5)]
     assert {(row["points_lost"], row["low"], row["high"]) for row in found} == {(1.5, -0.5, 3.5)}
 
+    other = {"overall": lost, "lengths": []}
+    _, rows = wandb_tables.comparisons(
+        {"comparisons": [{**pair, "suite": "v1", "suites": {"v2": other}}]}
+    )
+    assert [row[3] for row in rows] == ["v1", "v1", "v1", "v2"], "suites are judged apart"
+
 
 def test_scores_tell_the_share_of_right_answers_with_its_interval():
     right = {"estimate": 0.5, "low": 0.25, "high": 0.75, "samples": 4}

@@ -142,7 +142,7 @@ def test_counting_leaves_the_random_state_alone():
         ("{kind: longbench, chat: true}", "stages.0 (longbench): longbench.chat=true, but"),
         (
             "{kind: longbench, folder: nowhere}",
-            "nothing of it can be measured: longbench.folder=nowhere",
+            "stages.0 (longbench): longbench.folder=nowhere is not a folder",
         ),
         ("{kind: perplexity, rows: 4000}", "4000 rows of 128 need"),
         ("{kind: probe, rows: 4001}", "4001 rows of 128 need"),
