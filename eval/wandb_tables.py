@@ -103,7 +103,7 @@ def scores(result: Result) -> Table:
 
 
 def comparisons(result: Result) -> Table:
-    """Points lost from the first arm to the second in each suite: over all, by length, by length and task."""
+    """Points lost from the first arm to the second, by suite: over all, by length, by length and task."""
     rows: list[tuple[Any, ...]] = []
     for pair in result["comparisons"]:
         arms = (pair["meaning"], pair["first"], pair["second"])
