@@ -104,8 +104,7 @@ class TrainingProbe:
         return decode(tokenizer, made.ids[:length])
 
     def _score(self, model: Any, sample: Sample) -> float:
-        said = {"prediction": self.answer(model, sample), "references": sample.references}
-        return score_record({**said, "metric": sample.metric, "mode": sample.mode})
+        return score_record({**sample.record(), "prediction": self.answer(model, sample)})
 
     @contextmanager
     def _undisturbed(self) -> Iterator[Any]:
