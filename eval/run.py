@@ -228,13 +228,14 @@ def _context(
         raise ValueError(
             f"{converted} is a dense model: convert it first, or give a converted folder"
         )
+    checkpoint = checkpoint_fingerprint(converted)
     if options.output:
         run_dir = options.output.resolve()
     elif options.checkpoint:
-        run_dir = run_dir.with_name(f"{recipe.name}-eval-{checkpoint_fingerprint(converted)[:8]}")
+        run_dir = run_dir.with_name(f"{recipe.name}-eval-{checkpoint[:8]}")
     own_folder = bool(options.checkpoint or options.output)
     if own_folder:
-        check_own_folder(run_dir, recipe, checkpoint_fingerprint(converted))
+        check_own_folder(run_dir, recipe, checkpoint)
     device, barrier = _join_ranks(torch)
     original = _original(recipe, run_dir, rank, barrier)
     check_positions(original, converted)

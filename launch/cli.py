@@ -131,12 +131,12 @@ def _evaluate(recipe: Recipe, options: argparse.Namespace, cluster: Cluster) -> 
     """Become the evaluation where one process does it, which needs no launcher; else start its ranks."""
     given = {name: getattr(options, name) for name in ("checkpoint", "output")}
     given = {name: value for name, value in given.items() if value is not None}
-    gpus = own_gpus() if options.hostfile is None else []
     if options.hostfile is None:
         check_one_node(cluster)
-    if options.hostfile is None and (options.ranks or len(gpus) or 1) == 1:
-        words = [EVAL_MODULE, options.recipe, *options.overrides, *option_words(given)]
-        return _become(words, child_environment(os.environ, gpus))
+        gpus = own_gpus()
+        if (options.ranks or len(gpus) or 1) == 1:
+            words = [EVAL_MODULE, options.recipe, *options.overrides, *option_words(given)]
+            return _become(words, child_environment(os.environ, gpus))
     return evaluate(
         recipe,
         options.recipe,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +21,6 @@ STAGES = """
   - {kind: ruler, tasks: [niah_single_1], lengths: [512], samples: 2, top_k: [4, 64]}
   - {kind: longbench, folder: {home}/longbench, max_length: 600, tasks: [qasper, trec]}
 """
-
-
-@pytest.fixture(scope="module")
-def answering():
-    spec = importlib.util.spec_from_file_location("answering_for_benchmarks", HERE / "answering.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Real processes and real SIGKILL: ten moments with ranks of our own, which start 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -27,15 +26,6 @@ CACHE = HERE.parents[1] / ".cache" / "dense2sparse"
 MOMENTS = 10
 PROMPTS = 12
 ARMS = ("converted_dense", "converted_sparse-k4")
-
-
-@pytest.fixture(scope="module")
-def answering():
-    spec = importlib.util.spec_from_file_location("answering_for_kills", HERE / "answering.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

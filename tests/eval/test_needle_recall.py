@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,16 +20,6 @@ from dense2sparse.recipes.schema import Sparsity
 
 BLOCK = 16
 ARMS = [ArmRun("converted_sparse", 4), ArmRun("converted_oracle", 4)]
-
-
-@pytest.fixture(scope="module")
-def answering():
-    place = Path(__file__).with_name("answering.py")
-    spec = importlib.util.spec_from_file_location("answering_for_recall", place)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,16 +23,6 @@ from dense2sparse.eval.score import score_of
 from dense2sparse.kernels import ops
 from dense2sparse.model import convert
 from dense2sparse.model.execution import Dispatch
-
-
-@pytest.fixture(scope="module")
-def answering():
-    place = Path(__file__).with_name("answering.py")
-    spec = importlib.util.spec_from_file_location("answering_for_predictions", place)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,16 +15,6 @@ from dense2sparse.eval.ruler_corpus import PUBLIC_DOMAIN, Corpus
 RULER = """
   - {kind: ruler, tasks: [niah_single_1, vt], lengths: [512, 640], samples: 1, top_k: [4, 8]}
 """
-
-
-@pytest.fixture(scope="module")
-def answering():
-    path = Path(__file__).with_name("answering.py")
-    spec = importlib.util.spec_from_file_location("answering_for_report", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

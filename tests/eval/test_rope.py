@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -23,14 +20,8 @@ ROPE = "model.rope={type: yarn, factor: 2}"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tokenizer):
+def home(answering, tmp_path_factory, tokenizer):
     """A dense model with a window of 512 tokens, its conversion, and a recipe that asks for 1024."""
-    spec = importlib.util.spec_from_file_location(
-        "answering_for_rope", Path(__file__).parent / "answering.py"
-    )
-    answering = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = answering
-    spec.loader.exec_module(answering)
     home = tmp_path_factory.mktemp("rope")
     model = answering.lively_model()
     model.config.max_position_embeddings = 512

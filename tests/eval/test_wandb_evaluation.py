@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import runpy
 import shutil
@@ -32,15 +31,6 @@ train: {{precision: fp32}}
 wandb: {{tags: [tiny]}}
 """
 INTERVAL = {"estimate": 1.5, "low": -0.5, "high": 3.5, "samples": 8, "confidence": 0.95}
-
-
-@pytest.fixture(scope="module")
-def answering():
-    spec = importlib.util.spec_from_file_location("answering_for_wandb", HERE / "answering.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
