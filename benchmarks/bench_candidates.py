@@ -27,12 +27,37 @@ def _grid(
     return [Launch(*values) for values in sizes]
 
 
+def _likely(first: Sequence[Launch], rest: Sequence[Launch]) -> list[Any]:
+    """`first`, which by their registers fit a multiprocessor best, then the others."""
+    return [*first, *(one for one in rest if one not in first)]
+
+
 def select_launches(inputs: Inputs) -> list[Any]:
-    return _grid((64, 128, 256), (64, 128), inputs.shape.block_size, (2, 3))
+    block = inputs.shape.block_size
+    likely = [
+        Launch(128, 64, 4, 2),
+        Launch(64, 128, 4, 2),
+        Launch(64, 64, 4, 3),
+        Launch(128, 64, 8, 3),
+    ]
+    return _likely(
+        [replace(one, keys=min(one.keys, block)) for one in likely],
+        _grid((64, 128, 256), (64, 128), block, (2, 3)),
+    )
 
 
 def sparse_launches(inputs: Inputs) -> list[Any]:
-    return _grid((64, 128), (32, 64, 128), inputs.shape.block_size, (2, 3))
+    block = inputs.shape.block_size
+    likely = [
+        Launch(128, 64, 8, 3),
+        Launch(64, 64, 4, 2),
+        Launch(64, 64, 4, 3),
+        Launch(128, 128, 8, 2),
+    ]
+    return _likely(
+        [replace(one, keys=min(one.keys, block)) for one in likely],
+        _grid((64, 128), (32, 64, 128), block, (2, 3)),
+    )
 
 
 def decode_launches(inputs: Inputs) -> list[Any]:

@@ -33,12 +33,12 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of this checkout; "unknown" where git is not there."""
+    """Commit of this checkout; what the variable COMMIT says where git is not there, else "unknown"."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

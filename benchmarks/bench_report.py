@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from bench_goals import goals
+from bench_goals import Predictions, goals
 
 Record = dict[str, Any]
 PHASES = {"prefill": "layer", "decode": "decode"}
@@ -50,59 +50,51 @@ def slowest(records: Sequence[Record]) -> Record | None:
     return min((r for r in timed if r["length"] == longest), key=lambda r: r["floor_share"])
 
 
-def summary(records: Sequence[Record]) -> str:
-    """Table of what is ours, break-even lengths, goals, and what failed."""
-    rows = [
-        (
-            "operation",
-            "heads",
-            "length",
-            "data",
-            "ms",
-            "TFLOP/s",
-            "GB/s",
-            "of floor",
-            "x dense",
-            "x others",
-        )
-    ]
-    for r in records:
-        if r["ours"] and "ms" in r:
-            name = r["operation"] + r["implementation"].removeprefix("triton")
-            share, ratio = r.get("floor_share"), r.get("dense_ratio")
-            rows.append(
-                (
-                    name,
-                    f"{r['heads']}/{r['groups']}",
-                    str(r["length"]),
-                    r["data"],
-                    f"{r['ms']:.3f}",
-                    f"{r['tflops']:.0f}",
-                    f"{r['gb_per_s']:.0f}",
-                    "" if share is None else f"{100 * share:.0f} %",
-                    "" if ratio is None else f"{ratio:.2f}",
-                    _against_others(records, r),
-                )
-            )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def summary(records: Sequence[Record], predicted: Predictions | None = None) -> str:
+    """Goals, what failed and break-even lengths, then a table of what is ours."""
+    ours = [r for r in records if r["ours"]]
+    failed = [r for r in ours if r["failed"]]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+        *goals(records, predicted),
+        f"{len(ours) - len(failed)} of {len(ours)} checks of ours passed",
+        *(
+            f"FAILED {r['operation']} {r['implementation']} {r['heads']}/{r['groups']} {r['length']} "
+            f"{r['data']}: {r['check']}"
+            for r in failed
+        ),
     ]
     for entry in break_even(records):
         tokens = entry["tokens"]
         said = "not reached" if tokens is None else f"{tokens} tokens"
         lines.append(f"break-even {entry['phase']} {entry['heads']}/{entry['groups']}: {said}")
-    lines += goals(records)
-    checked = [r for r in records if r["ours"]]
-    failed = [r for r in checked if r["failed"]]
-    lines.append(f"{len(checked) - len(failed)} of {len(checked)} checks of ours passed")
-    lines += [
-        f"FAILED {r['operation']} {r['implementation']} {r['heads']}/{r['groups']} {r['length']} "
-        f"{r['data']}: {r['check']}"
-        for r in failed
+    return "\n".join([*lines, *_table([r for r in ours if "ms" in r], records)])
+
+
+def _table(timed: Sequence[Record], records: Sequence[Record]) -> list[str]:
+    """One line a timed record, columns aligned; empty without any."""
+    head = ["operation", "heads", "length", "data", "ms", "TFLOP/s", "GB/s", "of floor", "x dense"]
+    rows = [[*head, "x others"]] if timed else []
+    for r in timed:
+        share, ratio = r.get("floor_share"), r.get("dense_ratio")
+        rows.append(
+            [
+                r["operation"] + r["implementation"].removeprefix("triton"),
+                f"{r['heads']}/{r['groups']}",
+                str(r["length"]),
+                r["data"],
+                f"{r['ms']:.3f}",
+                f"{r['tflops']:.0f}",
+                f"{r['gb_per_s']:.0f}",
+                "" if share is None else f"{100 * share:.0f} %",
+                "" if ratio is None else f"{ratio:.2f}",
+                _against_others(records, r),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
     ]
-    return "\n".join(lines)
 
 
 def _against_others(records: Sequence[Record], ours: Record) -> str:

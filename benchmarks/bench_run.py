@@ -25,13 +25,14 @@ from bench_guard import UNFINISHED, at_most
 from bench_operations import OPERATIONS
 from bench_table import Implementation, Operation
 from bench_timing import CACHE_BYTES, Bench, Ceilings, Timing
+from torch import Tensor
 
 from dense2sparse.kernels.triton_select import select
 
 MOST_COPIES = 64
 """Copies of the inputs that a decoding graph goes through."""
-CASE_S = 150.0
-"""A measurement that takes longer, compilation included, hangs."""
+CASE_S = 60.0
+"""A measurement that takes longer, compilation included, hangs; others' compilers get three times that."""
 SHAPE = (
     "length",
     "heads",
@@ -57,6 +58,8 @@ class Plan:
     """Operations; empty: all."""
     without: Sequence[str] = ()
     """Implementations to leave out."""
+    ours_only: bool = False
+    """Leave out what others compute the same with."""
     selection: Path | None = None
     speed: bool = True
     """False: check only."""
@@ -108,9 +111,10 @@ class Runner:
                     if _key(record) in self._known:
                         continue
                     self.saved([*self.records, {**record, "check": UNFINISHED, "failed": True}])
-                    with at_most(CASE_S if self.bench.cuda else None):
+                    limit = CASE_S * (3 if one.compiled else 1)
+                    with at_most(limit if self.bench.cuda else None):
                         self._measure(record, operation, one, inputs)
-                        working = self._forget()
+                        working = self.works()
                     self.records.append(record)
                     self.say(line(record))
                     self.saved(self.records)
@@ -125,9 +129,13 @@ class Runner:
         self, operations: Sequence[Operation], shape: Shape
     ) -> Iterator[tuple[Operation, Implementation]]:
         for operation in operations:
-            for one in operation.implementations:
+            favourite = self._favourite.get((operation.name, shape.name))
+            # What was fastest at another length goes first: where time is short, the others are left out.
+            for one in sorted(operation.implementations, key=lambda one: one.name != favourite):
                 elsewhere = self.plan.compiled_at not in (None, shape.length)
-                if one.name not in self.plan.without and not (one.compiled and elsewhere):
+                foreign = self.plan.ours_only and not one.ours
+                unwanted = foreign or one.name in self.plan.without
+                if not unwanted and not (one.compiled and elsewhere):
                     yield operation, one
 
     def _fine(self) -> bool:
@@ -154,7 +162,7 @@ class Runner:
             self.say(f"{shape.name} {shape.length}: the inputs do not fit into memory")
         except ValueError as error:
             self.say(f"{shape.name} {shape.length}, {data}: {error}")
-        self._forget()
+        self.works()
         return None
 
     def make(self, shape: Shape, data: str) -> Inputs:
@@ -223,20 +231,24 @@ class Runner:
 
     def _affordable(
         self, operation: Operation, one: Implementation, copies: list[Inputs]
-    ) -> tuple[list[Inputs], int]:
-        """The inputs, or those of one group where dense attention of all takes longer than the budget.
+    ) -> tuple[list[Inputs], float]:
+        """The inputs, or some heads of one group where dense attention of all takes longer than the budget.
 
-        Dense attention is the same work for every group, so its time is that of one times their number.
+        Dense attention is the same work for every head, so the time of some stands for all. The library
+        that was fastest at other lengths is then timed alone, and the next one if it fails.
         """
         shape = copies[0].shape
-        if not operation.by_group or self.ceilings is None or shape.groups == 1:
+        if not operation.by_group or self.ceilings is None:
             return copies, 1
-        if operation.flops(shape) / (0.7 * self.ceilings.flops) <= self.bench.budget_s:
+        seconds = operation.flops(shape) / (0.7 * self.ceilings.flops)
+        if seconds <= self.bench.budget_s:
             return copies, 1
-        favourite = self._favourite.get((operation.name, shape.name), one.name)
-        if one.name != favourite:
-            raise Skip(f"too long at this length, and {favourite} was faster before")
-        return [one_group(inputs) for inputs in copies], shape.groups
+        if (operation.name, shape) in self._best:
+            best = self._favourite[operation.name, shape.name]
+            raise Skip(f"too long at this length, and {best} stands for dense attention")
+        repeats = shape.heads // shape.groups
+        heads = max(1, min(repeats, int(shape.heads * self.bench.budget_s / seconds)))
+        return [some_heads(inputs, heads) for inputs in copies], shape.heads / heads
 
     def _time(self, operation: Operation, calls: list[Any]) -> Timing:
         if not operation.decode:
@@ -254,7 +266,7 @@ class Runner:
         one: Implementation,
         shape: Shape,
         timing: Timing,
-        parts: int,
+        parts: float,
     ) -> None:
         seconds = timing.median_s * parts
         flops, moved = (one.flops or operation.flops)(shape), operation.moved(shape)
@@ -265,7 +277,7 @@ class Runner:
             "tflops": flops / seconds / 1e12,
             "gb_per_s": moved / seconds / 1e9,
             "peak_gib": timing.peak_gib if parts == 1 else None,
-            "timed_groups": shape.groups // parts,
+            "timed_heads": round(shape.heads / parts),
         }
         if self.ceilings is not None:
             narrow = operation.fp8_flops(shape) if one.fp8 else 0.0
@@ -280,7 +292,7 @@ class Runner:
             self._best[operation, shape] = seconds
             self._favourite[operation, shape.name] = name
 
-    def _forget(self) -> bool:
+    def works(self) -> bool:
         """Give memory back; whether the device still works (a wild access ends it for the process)."""
         if self.bench.cuda:
             try:
@@ -305,17 +317,22 @@ def with_ids(inputs: Inputs) -> Inputs:
     return replace(inputs, block_ids=ids)
 
 
-def one_group(inputs: Inputs) -> Inputs:
-    """The first group and its query heads."""
-    shape = inputs.shape
-    repeats = shape.heads // shape.groups
+def some_heads(inputs: Inputs, heads: int) -> Inputs:
+    """The first group with its first query heads, as tensors of their own.
+
+    Copied: a view of a long row keeps the strides of all heads, which some libraries count in 32 bits.
+    """
+
+    def part(x: Tensor, count: int) -> Tensor:
+        return x[:, :count].transpose(1, 2).contiguous().transpose(1, 2)
+
     return replace(
         inputs,
-        shape=replace(shape, heads=repeats, groups=1),
-        q=inputs.q[:, :repeats],
-        k=inputs.k[:, :1],
-        v=inputs.v[:, :1],
-        index_q=inputs.index_q[:, :1],
+        shape=replace(inputs.shape, heads=heads, groups=1),
+        q=part(inputs.q, heads),
+        k=part(inputs.k, 1),
+        v=part(inputs.v, 1),
+        index_q=part(inputs.index_q, 1),
         block_ids=None if inputs.block_ids is None else inputs.block_ids[:, :1],
     )
 

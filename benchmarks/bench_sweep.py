@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from bench_data import Shape
+from bench_guard import UNFINISHED, at_most, leave
 from bench_operations import OPERATIONS
-from bench_run import Plan, Runner, with_ids
+from bench_run import CASE_S, Plan, Runner, with_ids
 from bench_timing import Bench
 
 
@@ -20,16 +23,25 @@ def sweep(
     bench: Bench,
     dtype: torch.dtype,
     first: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    ends_at: float = math.inf,
+    saved: Callable[[list[dict[str, Any]]], None] = lambda entries: None,
+    earlier: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Every candidate of every operation that has some, the fastest printed first.
 
     Args:
         first: try only so many candidates (dry runs).
+        part: (i, n), every n-th candidate from the i-th on, so that n processes can compile them all.
+        ends_at: time.time() after which no candidate is begun.
+        saved: called with all entries before and after each.
+        earlier: entries of a process that was lost; they are kept and not tried again.
 
     Returns:
         one entry a candidate; `ms` is None where it is wrong or does not run.
     """
-    found = []
+    found = list(earlier)
+    known = [_place(entry) for entry in earlier]
     for shape in shapes:
         runner = Runner(Plan([shape], [data]), bench, None, dtype, print)
         for operation in OPERATIONS:
@@ -40,8 +52,11 @@ def sweep(
                 inputs = [with_ids(one) for one in inputs]
             for one in operation.implementations:
                 launches = list(one.candidates(inputs[0]))[:first]
+                launches = [None, *launches][part[0] :: part[1]] if launches else []
                 entries = []
-                for launch in [None, *launches] if launches else []:
+                for launch in launches:
+                    if time.time() > ends_at:
+                        break
                     where = {
                         "operation": operation.name,
                         "implementation": one.name,
@@ -51,11 +66,24 @@ def sweep(
                         "data": inputs[0].data,
                         "launch": "default" if launch is None else asdict(launch),
                     }
-                    found_here = _one(one, inputs, launch, bench, operation.decode)
-                    entries.append({**where, **found_here})
+                    if _place(where) in known:
+                        continue
+                    saved([*found, *entries, {**where, "ms": None, "said": UNFINISHED}])
+                    with at_most(CASE_S if bench.cuda else None):
+                        entries.append(
+                            {**where, **_one(one, inputs, launch, bench, operation.decode)}
+                        )
+                    saved([*found, *entries])
+                    if not runner.works():
+                        leave()
                 _show(entries, shape, bench.cuda)
                 found += entries
     return found
+
+
+def _place(entry: dict[str, Any]) -> dict[str, Any]:
+    """What tells an entry apart."""
+    return {name: value for name, value in entry.items() if name not in ("ms", "said")}
 
 
 def _show(entries: list[dict[str, Any]], shape: Shape, cuda: bool) -> None:

@@ -1,6 +1,6 @@
 """Every kernel and the whole sparse layer against the best dense attention, on this machine.
 
-    python benchmarks/kernels.py --preset quick --json kernels.json --plot kernels.svg
+    python benchmarks/kernels.py --preset full --json kernels.json --plot kernels.svg
     python benchmarks/kernels.py --heads 64/4 --lengths 128K 1M --only dense select sparse layer
     python benchmarks/kernels.py --sweep --only sparse --heads 32/8 --lengths 128K   launch values compared
     python benchmarks/kernels.py --check                                             correctness only
@@ -27,13 +27,30 @@ from typing import Any
 from bench_guard import begun, leave, supervise
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {
+    # The two calls of gpu.sh for a GPU that is lent for minutes.
+    "first": {
         "heads": ["64/4", "32/8"],
-        "lengths": ["8K", "32K", "128K", "1M"],
+        "lengths": ["32K", "128K", "1M"],
+        "only": ["dense", "select", "sparse", "layer", "decode dense", "decode"],
         "data": ["model"],
-        "without": ["flex attention", "torch topk alone", "triton deterministic"],
+        "without": ["flex attention", "flash-msa", "torch matmul, max, topk", "torch topk alone"],
+        "budget_s": 0.25,
+    },
+    "second": {
+        "heads": ["64/4", "32/8"],
+        "lengths": ["32K", "128K"],
+        "only": [
+            "dense training",
+            "sparse backward",
+            "sparse kl",
+            "training layer",
+            "kl",
+            "warmup trained",
+            "warmup frozen",
+        ],
+        "data": ["model"],
+        "without": ["triton quarter", "sdpa flash"],
         "budget_s": 0.3,
-        "train_up_to": "128K",
     },
     "full": {
         "heads": ["64/4", "32/8", "16/8", "28/4", "9/3"],
@@ -66,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 if a check of ours failed; 2 for options that cannot be."""
     options = _options(arguments)
-    measures = not (options.dry or options.sweep or options.profile)
+    measures = not (options.dry or options.profile)
     if arguments is None and measures and options.json is not None:
         code = supervise()
         if code is not None:
@@ -130,6 +147,7 @@ def _measure(options: argparse.Namespace) -> int:
         data=options.data,
         only=options.only,
         without=options.without,
+        ours_only=options.ours,
         selection=options.selection,
         speed=speed,
         seed=options.seed,
@@ -159,33 +177,40 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     import torch
+    from bench_record import environment, write
     from bench_sweep import sweep
     from bench_timing import Bench
 
     device = torch.device("cpu" if options.dry else "cuda")
     dtype = torch.float16 if options.dry else torch.bfloat16
-    found = sweep(
+    about = environment()
+
+    def save(entries: list[dict[str, Any]]) -> None:
+        if options.json is not None:
+            write(options.json, {"schema": 1, "environment": about, "sweep": entries})
+
+    sweep(
         _shapes(options),
         options.data[0],
         options.only,
         Bench(device, options.budget_s),
         dtype,
-        first=3 if options.dry else None,
+        first=options.most or (3 if options.dry else None),
+        part=_part(options.part),
+        ends_at=begun() + options.total_s,
+        saved=save,
+        earlier=_earlier(options, "sweep"),
     )
     if options.dry:
         print("dry: no speed")
-    if options.json is not None:
-        from bench_record import environment, write
-
-        write(options.json, {"schema": 1, "environment": environment(), "sweep": found})
     return 0
 
 
-def _earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _earlier(options: argparse.Namespace, key: str = "results") -> list[dict[str, Any]]:
     """What the process before this one measured."""
     if not options.go_on or options.json is None or not options.json.is_file():
         return []
-    return json.loads(options.json.read_text())["results"]
+    return json.loads(options.json.read_text())[key]
 
 
 def _shapes(options: argparse.Namespace) -> list[Any]:
@@ -227,11 +252,19 @@ def _length(text: str) -> int:
     return int(text) if factor is None else int(text[:-1]) * factor
 
 
+def _part(text: str) -> tuple[int, int]:
+    """'2/4' is the second of four parts: (1, 4)."""
+    number, _, count = text.partition("/")
+    if not 1 <= int(number) <= int(count):
+        raise ValueError(f"--part {text}: parts are counted from 1/N to N/N")
+    return int(number) - 1, int(count)
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--preset", choices=["quick", "full"], default="quick")
+    parser.add_argument("--preset", choices=["first", "second", "full"], default="full")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, interpreted")
     parser.add_argument("--check", action="store_true", help="correctness only")
     parser.add_argument("--sweep", action="store_true", help="compare launch values")
@@ -240,7 +273,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--heads", nargs="+", help="64/4, or 9/3x64 with the width")
     parser.add_argument("--lengths", nargs="+", help="tokens: 8K 128K 1M 20001")
-    parser.add_argument("--only", nargs="+", default=[], help="operations (bench_operations.py)")
+    parser.add_argument("--only", nargs="+", help="operations (bench_operations.py)")
+    parser.add_argument("--ours", action="store_true", help="leave out what others offer")
     parser.add_argument("--without", nargs="*", help="implementations to leave out")
     parser.add_argument("--data", nargs="+", choices=["model", "random", "stored"])
     parser.add_argument("--selection", type=Path, help="tensors of unions.py --save, data 'stored'")
@@ -256,6 +290,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--continue", dest="go_on", action="store_true", help="measure what --json lacks"
     )
+    parser.add_argument(
+        "--most", type=int, help="of --sweep: only so many candidates, the likeliest"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        default="1/1",
+        help="of --sweep: every N-th candidate from the I-th on",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="results, with hardware and versions")
     parser.add_argument("--plot", type=Path, help="an SVG of the ratios")
@@ -264,14 +307,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for key, value in PRESETS[name].items():
         if getattr(options, key) is None:
             setattr(options, key, value)
+    options.only = options.only or []
     options.block_size = options.block_size or (16 if options.dry else 128)
     options.top_k = options.top_k or (3 if options.dry else 16)
     if options.profile is not None and not options.dry and options.json is None:
         parser.error("--profile takes the slowest operation of --json FILE: name the file")
     try:
         [_layout(text) for text in options.heads], [_length(text) for text in options.lengths]
+        _part(options.part)
     except ValueError as error:
-        parser.error(f"{error}: heads look like 64/4 or 9/3x64, lengths like 8K, 1M or 20001")
+        parser.error(
+            f"{error}: heads look like 64/4 or 9/3x64, lengths like 8K, 1M or 20001, parts like 1/4"
+        )
     if options.selection is not None:
         options.data = ["stored"]
         _take_stored_shape(options)

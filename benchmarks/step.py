@@ -1,6 +1,6 @@
 """Training steps of whole models: tokens/s, MFU, memory and where the time goes, on one GPU.
 
-    python benchmarks/step.py --preset quick --json step.json      0.6B at 8K and 32K tokens, 2 minutes
+    python benchmarks/step.py --preset second --json step.json     0.6B at 32K tokens, 2 minutes
     python benchmarks/step.py --preset full --json step.json       0.6B and layers of 4B, to 128K tokens
     python benchmarks/step.py --sizes 4B --lengths 32K --modes dense sparse --layers 12
     python benchmarks/step.py --dry                                on a CPU, interpreted, no speed
@@ -24,10 +24,10 @@ from typing import Any
 
 from bench_guard import UNFINISHED, at_most, begun, leave, supervise
 
-CASE_S = 240.0
+CASE_S = 120.0
 """A case that takes longer, compilation included, hangs."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"sizes": ["0.6B"], "lengths": ["8K", "32K"], "budget_s": 3.0},
+    "second": {"sizes": ["0.6B"], "lengths": ["32K"], "budget_s": 4.0},
     "full": {"sizes": ["0.6B", "4B"], "lengths": ["8K", "32K", "128K"], "budget_s": 6.0},
     "dry": {"sizes": ["tiny"], "lengths": ["56"], "budget_s": 0.0},
 }
@@ -178,7 +178,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--preset", choices=["quick", "full"], default="quick")
+    parser.add_argument("--preset", choices=["second", "full"], default="full")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU, interpreted")
     parser.add_argument("--sizes", nargs="+", choices=["0.6B", "4B", "tiny"])
     parser.add_argument("--layers", type=int, help="run so many layers of each model")
