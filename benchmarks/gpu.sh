@@ -55,7 +55,8 @@ note() {
     local code=$1 took=$2
     shift 2
     [[ $code == 0 || $code == time ]] || FAILED=1
-    STEPS+=("$(printf '%-4s %4d s  %s' "$([[ $code == 0 ]] && echo ok || echo "$code")" "$took" "$*")")
+    STEPS+=("$(printf '%-4s %4d s  %s' "$([[ $code == 0 ]] && echo ok || echo "$code")" "$took" \
+        "$(sed "s|$PYTHON ||; s|$OUT/||g; s|$SCRATCH/||g" <<<"$*")")")
 }
 # step SECONDS COMMAND...: runs it with all it prints in the log, and notes how it ended.
 step() {
@@ -87,11 +88,12 @@ together() {
     for number in "${!pids[@]}"; do
         wait "${pids[number]}"
         code=$?
-        note "$code" $((SECONDS - begun)) "${lines[number]}"
+        [[ $code == 0 ]] || note "$code" $((SECONDS - begun)) "${lines[number]}"
         printf '== %s\n' "${lines[number]}" >>"$LOG"
         cat "$SCRATCH/$number" >>"$LOG"
         [[ $code == 0 ]] || tail -n 4 "$SCRATCH/$number"
     done
+    note 0 $((SECONDS - begun)) "${#lines[@]} commands at once, of which those that failed stand above"
 }
 
 CHECKS="$PYTHON benchmarks/check_run.py --json $OUT/checks.json"
