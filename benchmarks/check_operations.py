@@ -25,8 +25,8 @@ from dense2sparse.kernels import ops, reference
 from dense2sparse.kernels.fp8 import round_index
 
 FP8_MARGIN = 50.0
-"""Times the margin of float32 sums: Hopper sums e4m3 products with about 14 bits of the largest of 32, so 128
-products of normal numbers may lack 5e-4 of |q| |k|."""
+"""Times the margin of float32 sums: Hopper sums e4m3 products with about 14 bits of the largest of 32, so
+128 products of normal numbers may lack 5e-4 of |q| |k|."""
 KL_TOLERANCE = 2e-3
 """Of the KL's value, relative: products of 16 bits are exact and summed in float32."""
 Fault = str
@@ -106,7 +106,10 @@ def _selection(setting: Setting, row: Row, ids: Tensor, margin_factor: float = 1
         return mask.scatter_(-1, (found + 1).clamp(max=count).long(), True)[..., 1:]
 
     ours, theirs = chosen(ids), chosen(right)
-    threshold = scores.masked_fill(~theirs, math.inf).amin(-1, keepdim=True)
+    # A block that is kept whatever its score says nothing about where the others are cut off.
+    block, current = torch.arange(count, device=ids.device), right.amax(-1, keepdim=True)
+    forced = (block > current - setting.local_blocks) | (block < setting.init_blocks)
+    threshold = scores.masked_fill(~theirs | forced, math.inf).amin(-1, keepdim=True)
     keys = row.index_k.double().norm(dim=-1).amax()
     margin = margin_factor * SCORE_MARGIN * keys * row.index_q.double().norm(dim=-1)[..., None]
     off = torch.where(ours != theirs, (scores - threshold).abs() / margin, 0.0)
