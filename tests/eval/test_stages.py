@@ -303,7 +303,7 @@ def test_evaluation_alone_measures_and_reports_a_foreign_checkpoint(home, tmp_pa
     assert "/converted; 3 held-out rows" in page and "before training" not in page
 
 
-def test_two_processes_share_the_work_and_agree_with_one(home, tmp_path):
+def test_two_processes_share_the_work_and_agree_with_one(home, patience, tmp_path):
     """The ranks are started as the launcher does, by environment; RULER is left out (network)."""
     both, alone = tmp_path / "both", tmp_path / "alone"
     recipe = home / "without-ruler.yaml"
@@ -321,7 +321,7 @@ def test_two_processes_share_the_work_and_agree_with_one(home, tmp_path):
     ]
     try:
         assert run.main([*given, str(alone)]) == 0
-        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+        assert patience(ranks).ended() == [0, 0]
     finally:
         for process in ranks:
             process.kill()

@@ -47,7 +47,7 @@ def rank_main(ours: Any, order: dict[str, Any], rank: int) -> None:
             init_method=f"file://{order['meeting']}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(minutes=30),
         )
         barrier = torch.distributed.barrier
     ctx = ours.context(

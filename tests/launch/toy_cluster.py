@@ -19,7 +19,7 @@ data:
 stages:
   - {kind: warmup, steps: 3}
 """
-DEADLINE_S = 90.0
+DEADLINE_S = 600.0
 COMMAND = (
     "import sys; from dense2sparse.launch.cli import main; "
     "sys.exit(main(sys.argv[1:], module='toy_run'))"

@@ -48,7 +48,9 @@ def cases() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def results(start_folder, tiny_inputs, tmp_path_factory, test_environment) -> dict[str, list[dict]]:
+def results(
+    start_folder, tiny_inputs, tmp_path_factory, test_environment, patience
+) -> dict[str, list[dict]]:
     """What each of two ranks saw, by case."""
     folder = tmp_path_factory.mktemp("probe")
     (folder / "start").symlink_to(start_folder)
@@ -62,8 +64,8 @@ def results(start_folder, tiny_inputs, tmp_path_factory, test_environment) -> di
             processes.append(
                 subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             )
-    codes = [process.wait(timeout=300) for process in processes]
-    assert codes == [0, 0], (folder / "output-0.txt").read_text()[-3000:]
+    output = folder / "output-0.txt"
+    assert patience(processes).ended(output.read_text) == [0, 0], output.read_text()[-3000:]
     return {
         case["name"]: [
             torch.load(folder / f"{case['name']}-{rank}.pt", weights_only=False)

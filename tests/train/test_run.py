@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -117,9 +116,15 @@ def ranks_of(recipe: Path) -> list[int]:
     return found
 
 
+def reached(process, patience, condition) -> None:
+    """Wait until `condition` holds while the process runs."""
+    patience([process]).until(lambda: condition() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
+
+
 @pytest.mark.e2e
 def test_sigterm_to_the_launched_run_saves_leaves_no_orphans_and_resumes(
-    make_recipe, tmp_path, test_environment
+    make_recipe, tmp_path, test_environment, patience
 ):
     recipe = make_recipe(tmp_path)
     folder = tmp_path / "runs" / "tiny"
@@ -127,12 +132,9 @@ def test_sigterm_to_the_launched_run_saves_leaves_no_orphans_and_resumes(
     long = ["stages.1.steps=400", "train.checkpoint_every=1000", "train.measure_every=1000"]
     process = start([*command, *long], test_environment, start_new_session=True)
     records = folder / "metrics.jsonl"
-    limit = time.monotonic() + 150
-    while not (records.exists() and '"step": 8,' in records.read_text()):
-        assert time.monotonic() < limit and process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+    reached(process, patience, lambda: records.exists() and '"step": 8,' in records.read_text())
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output
     assert "asked to stop: saved at step" in output and "Traceback" not in output
     assert not ranks_of(recipe) and group_is_empty(process.pid)
@@ -143,11 +145,9 @@ def test_sigterm_to_the_launched_run_saves_leaves_no_orphans_and_resumes(
     assert state["step"] == last
     (folder / "STOP").touch()  # asked of the start before: the next one must not obey it
     process = start([*command, *long, "train.log_every=50"], test_environment)
-    limit = time.monotonic() + 150
-    while f'"step": {50 * (last // 50 + 1) + 5},' not in records.read_text():
-        assert time.monotonic() < limit and process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+    later = f'"step": {50 * (last // 50 + 1) + 5},'
+    reached(process, patience, lambda: later in records.read_text())
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output
     assert f"1-sparse continues at step {state['stage_step']}" in output
