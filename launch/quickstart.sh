@@ -10,5 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/_environment.sh
 
 prepare_environment launch/requirements.txt
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/$VENV/bin:$PATH"
 exec dense2sparse run recipes/quickstart.yaml "$@"

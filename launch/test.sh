@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The test suite in an environment of its own:
 #
-#   ./launch/test.sh [pytest arguments]       for example tests/recipes -x
+#   ./launch/test.sh [pytest arguments]               for example tests/recipes -x
+#   STACK=torch-2.11 ./launch/test.sh                 the same with torch 2.11, Triton 3.6, transformers 5.17
 #
 # Style and types first, since they take seconds.
 set -euo pipefail
@@ -10,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/_environment.sh
 
 prepare_environment launch/requirements.txt launch/requirements-test.txt
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/$VENV/bin:$PATH"
 # Tiny models: threads cost more than they give, and ranks must not fight over the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

@@ -31,8 +31,8 @@ class Clone:
         file.write_text(f"#!/bin/bash\n{script}\n")
         file.chmod(0o755)
 
-    def prepare(self) -> tuple[int, str]:
-        environ = {"PATH": f"{self.programs}:/usr/bin:/bin", "HOME": os.environ["HOME"]}
+    def prepare(self, **more: str) -> tuple[int, str]:
+        environ = {"PATH": f"{self.programs}:/usr/bin:/bin", "HOME": os.environ["HOME"], **more}
         done = subprocess.run(
             ["bash", "-c", PREPARE],
             cwd=self.folder,
@@ -50,7 +50,7 @@ class Clone:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
-    """A clone in which python makes a .venv whose pip notes its arguments and succeeds."""
+    """A clone in which python makes an environment whose pip notes its arguments and succeeds."""
     clone = Clone(tmp_path)
     clone.program("nvidia-smi", "exit 9")
     for name in ("python3.13", "python3.12", "python3.11", "python"):
@@ -62,8 +62,8 @@ def clone(tmp_path: Path) -> Clone:
     clone.program("inner-python", inner)
     clone.program(
         "python3",
-        'if [[ "$1 $2" == "-m venv" ]]; then mkdir -p .venv/bin; '
-        "cp programs/inner-python .venv/bin/python; fi; "
+        'if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$4/bin"; '
+        'cp programs/inner-python "$4/bin/python"; fi; '
         'if [[ "$1" == --version ]]; then echo Python 3.12.0; fi',
     )
     return clone
@@ -137,3 +137,25 @@ def test_small_disk_is_refused_before_anything_is_made(clone: Clone) -> None:
     code, output = clone.prepare()
     assert (code, "has 1 GiB of free disk, but the installation needs 4 GiB" in output) == (1, True)
     assert not (clone.folder / ".venv").exists()
+
+
+def test_an_older_stack_has_pins_and_a_folder_of_its_own(clone: Clone) -> None:
+    name = "requirements-torch-2.11.txt"
+    (clone.folder / "launch" / name).write_text((ROOT / "launch" / name).read_text())
+    code, output = clone.prepare(STACK="torch-2.11")
+    assert code == 0, output
+    made = clone.folder / ".venv-torch-2.11"
+    pins = (made / "requirements.txt").read_text().splitlines()
+    assert not (clone.folder / ".venv").exists()
+    assert "transformers==5.17.0" in pins and not any(
+        pin.startswith("transformers==5.2") for pin in pins
+    )
+    usual = (ROOT / "launch" / "requirements.txt").read_text().splitlines()
+    assert len(pins) == len(usual), "nothing is left out"
+    assert any("torch==2.11.0" in call for call in clone.pip_calls())
+    assert clone.prepare(STACK="torch-2.11") == (0, "")
+
+
+def test_a_stack_that_is_not_known_is_one_sentence(clone: Clone) -> None:
+    code, output = clone.prepare(STACK="torch-1.0")
+    assert code == 2 and "STACK=torch-1.0 is not known" in output
