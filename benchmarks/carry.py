@@ -113,8 +113,8 @@ def check_recipe(recipe: Any) -> None:
         for source in getattr(recipe.data, key):
             if source.kind not in ("corpus", "recall"):
                 raise CarryError(
-                    f"data.{key}: {source.name!r} has kind={source.kind}, and only corpus and recall can be "
-                    "carried: remove it"
+                    f"data.{key}: {source.name!r} has kind={source.kind}, and only corpus and recall can "
+                    "be carried: remove it"
                 )
     for number, stage in enumerate(recipe.stages):
         if stage.kind == "longbench":
@@ -183,7 +183,6 @@ def tree_bytes(root: Path) -> int:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     paths = {root / name for name in listed.split("\0") if name}
-    paths |= {path for path in (root / "shared").rglob("*")}
     return sum(path.lstat().st_size + OF_A_FILE for path in paths if path.is_file())
 
 
@@ -197,7 +196,11 @@ def table(pieces: Sequence[Piece], options: argparse.Namespace, tree: int) -> li
     folder = options.folder.resolve()
     carried = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     more = "".join(f" {word}" for word in options.overrides)
-    lines = ["", f"{calls} calls, back to back; each with the repository ({tree / MIB:.1f} MiB)", ""]
+    lines = [
+        "",
+        f"{calls} calls, back to back; each with the repository ({tree / MIB:.1f} MiB)",
+        "",
+    ]
     lines += ["| call | carry | MiB with the repository | what it brings |", "|---|---|---|---|"]
     commands = []
     for call in range(1, calls + 1):
@@ -212,9 +215,15 @@ def table(pieces: Sequence[Piece], options: argparse.Namespace, tree: int) -> li
         lines.append(f"| {call} | `{carried}/call-{call}` | {size / MIB:.1f} | {brings} |")
         then = f'run "$OUT"{more}' if call == calls else "check" if call == 1 else ""
         command = f"bash {SCRIPT} receive {call}" + (f" && bash {SCRIPT} {then}" if then else "")
-        commands += ["", f"Call {call}: carry `{carried}/call-{call}` and run, from the root of the repository,"]
+        commands += [
+            "",
+            f"Call {call}: carry `{carried}/call-{call}` and run, from the root of the repository,",
+        ]
         commands += ["", f"    {command}"]
-    ending = ["", "Should the last call end early, it goes on where it stood, nothing carried, while the machine"]
+    ending = [
+        "",
+        "Should the last call end early, it goes on where it stood, nothing carried, while the machine",
+    ]
     ending += ["still holds what was received:", "", f'    bash {SCRIPT} run "$OUT"{more}']
     return lines + commands + ending
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepares a real conversion for a borrowed GPU machine that has no network:
 #
-#   bash benchmarks/carry.sh [a.b=c ...] [--limit-mib 63] [--without PACKAGE] [--recipe FILE] [--machine LIST]
+#   bash benchmarks/carry.sh [a.b=c ...] [--limit-mib 63] [--without PACKAGE] [--recipe FILE] [--machine FILE]
 #
 # Fetches what the recipe (recipes/smollm2-8k.yaml) would download there and what is missing there by
 # benchmarks/gpu_machine.txt, cuts it into calls that with the repository's own files stay below the limit,

@@ -1,10 +1,10 @@
 """What is carried to a machine without network, in calls of a bounded size, and put together there.
 
-`carry.py` plans the calls and writes them here (`plan`, `write_calls`); there, `convert_on_gpu.sh` starts this
-file, which needs nothing but Python:
+`carry.py` plans the calls and writes them here (`plan`, `write_calls`); there, `convert_on_gpu.sh` starts
+this file, which needs nothing but Python:
 
-    python benchmarks/carry_parts.py receive 2 --home /tmp/d2s-carry     checks what call 2 brought and keeps it
-    python benchmarks/carry_parts.py complete --home /tmp/d2s-carry      says what has not come yet
+    python benchmarks/carry_parts.py receive 2 --home HOME     checks what call 2 brought and keeps it
+    python benchmarks/carry_parts.py complete --home HOME      says what has not come yet
 
 A call is a folder `call-N` with pieces of files and the manifest of all calls, `manifest.json`:
 {"calls": number, "files": [{"name", "bytes", "sha256", "pieces": [{"name", "bytes", "sha256", "call"}]}]}.
@@ -53,8 +53,8 @@ def plan(sizes: Sequence[tuple[str, int]], *, room: int) -> list[Piece]:
     """
     if room < MIB:
         raise CarryError(
-            f"a call has {room / MIB:.1f} MiB left for parts, and 1 MiB is the least: the tree that travels "
-            "with every call is too large, so ignore or remove some of it, or raise --limit-mib"
+            f"a call has {room / MIB:.1f} MiB left for parts, and 1 MiB is the least: the tree that "
+            "travels with every call is too large, so ignore or remove some of it, or raise --limit-mib"
         )
     total = sum(size for _, size in sizes)
     room = -(-total // -(-total // room)) if total else room
@@ -85,7 +85,12 @@ def write_calls(store: Path, pieces: Sequence[Piece], folder: Path) -> dict[str,
         source = store / piece.file
         whole = files.setdefault(
             piece.file,
-            {"name": piece.file, "bytes": source.stat().st_size, "sha256": sha256(source), "pieces": []},
+            {
+                "name": piece.file,
+                "bytes": source.stat().st_size,
+                "sha256": sha256(source),
+                "pieces": [],
+            },
         )
         number = len(whole["pieces"]) + 1
         cut = piece.size < whole["bytes"]
@@ -263,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CarryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"call {options.call} is whole; made {len(made)} files: {', '.join(made) or 'none yet'}")
+    print(f"call {options.call} arrived whole; {len(made)} files are complete with it")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Which packages a machine without network lacks, and their wheels; part of carry.sh.
 
-    python benchmarks/carry_wheels.py check FOLDER     there: do the wheels installed in FOLDER fit what is there?
+    python benchmarks/carry_wheels.py check FOLDER     there: do the packages in FOLDER find what they need?
 
 Versions are those of launch/requirements.txt. What the machine has is a text file (gpu_machine.txt).
 """
@@ -80,7 +80,7 @@ def read_machine(path: Path) -> Machine:
 
 def read_pins(path: Path) -> dict[str, str]:
     """Canonical name -> version of the pinned requirements."""
-    pins = {}
+    pins: dict[str, str] = {}
     for line in path.read_text().splitlines():
         name, equals, version = line.partition("#")[0].strip().partition("==")
         if equals:
@@ -134,9 +134,7 @@ def requirements_of(wheel: Path) -> list[Requirement]:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode("utf-8").split("\n\n")[0].splitlines()
     prefix = "requires-dist:"
-    return [
-        Requirement(line[len(prefix) :]) for line in lines if line.lower().startswith(prefix)
-    ]
+    return [Requirement(line[len(prefix) :]) for line in lines if line.lower().startswith(prefix)]
 
 
 def fetch_wheel(name: str, version: str, into: Path, *, python: str) -> Path:
@@ -150,7 +148,9 @@ def fetch_wheel(name: str, version: str, into: Path, *, python: str) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into) as scratch:
         # Only wheels, so nothing of a package runs here.
-        said = _pip("download", "--only-binary", ":all:", *target, "-d", scratch, f"{name}=={version}")
+        said = _pip(
+            "download", "--only-binary", ":all:", *target, "-d", scratch, f"{name}=={version}"
+        )
         if said:
             said = _pip("wheel", "-w", scratch, f"{name}=={version}")
         made = sorted(Path(scratch).glob("*.whl"))
