@@ -33,7 +33,7 @@ fail() {
 # the hub is not asked. One machine: collectives stay on the loopback device.
 offline() {
     export PYTHONPATH="$PWD/.typing:$SITE${PYTHONPATH:+:$PYTHONPATH}" PATH="$SITE/bin:$PATH"
-    export PYTHONUNBUFFERED=1
+    export PYTHONUNBUFFERED=1 TQDM_DISABLE=1
     export HF_HUB_OFFLINE=1 HF_HOME="$CARRY_HOME/hub" WANDB_MODE=offline
     export PIP_NO_INDEX=1 PIP_FIND_LINKS="$FILES/checkpoint" PIP_CONFIG_FILE=/dev/null PIP_CONSTRAINT=
     export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}" GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
@@ -103,11 +103,10 @@ run() {
         output_dir="$CARRY_HOME/runs" data.cache_dir="$CARRY_HOME/cache" "$@" 2>&1 |
         with_seconds "$begun" | tee -a "$out/log.txt"
     code=${PIPESTATUS[0]}
-    if [[ ! -f $folder/report.html ]]; then # ended early: of what there is
+    if [[ $code != 0 && -d $folder ]]; then # of what there is
         timeout 60 "$PYTHON" -m dense2sparse.launch.cli report "$folder" 2>&1 | tee -a "$out/log.txt"
     fi
-    mkdir -p "$folder"
-    collect "$out" "$folder"
+    [[ -d $folder ]] && collect "$out" "$folder"
     {
         echo "exit code $code after $((SECONDS - begun)) s of at most $LIMIT_S: $RECIPE $*"
         nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "no GPU"
