@@ -5,7 +5,7 @@
 #   bash benchmarks/convert_on_gpu.sh check                 installs the wheels beside Python's own, tries them
 #   bash benchmarks/convert_on_gpu.sh run OUT [a.b=c ...]   the whole recipe, through the deepspeed launcher
 #
-# `run` ends after LIMIT_S seconds (500) and continues when it is started again; what there is goes to OUT in
+# `run` ends after LIMIT_S seconds (480) and continues when it is started again; what there is goes to OUT in
 # any case, 8 files at most: log.txt (each line with its second) summary.txt report.html metrics.jsonl
 # results.json results.tar.gz environment.json recipe.json. Everything else lies in CARRY_HOME
 # (/tmp/d2s-carry). RECIPE is the recipe, SOURCE the folder with call-N, PYTHON the interpreter, which has
@@ -18,7 +18,7 @@ CARRY_HOME=${CARRY_HOME:-/tmp/d2s-carry}
 SOURCE=${SOURCE:-.carry}
 RECIPE=${RECIPE:-recipes/smollm2-8k.yaml}
 PYTHON=${PYTHON:-python3}
-LIMIT_S=${LIMIT_S:-500}
+LIMIT_S=${LIMIT_S:-480}
 NAME_OF='import sys; from dense2sparse.recipes.load import load; print(load(sys.argv[1], sys.argv[2:]).name)'
 SITE=$CARRY_HOME/site
 FILES=$CARRY_HOME/files

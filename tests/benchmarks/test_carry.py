@@ -153,6 +153,54 @@ def test_the_script_receives_and_refuses_with_its_exit_code(tmp_path) -> None:
     assert convert().returncode == 2
 
 
+STUB = """#!/usr/bin/env bash
+# In place of Python: what is verified is real, the run is not.
+case "$*" in
+benchmarks/carry_parts.py*) exec "$REAL" "$@" ;;
+-c*) echo tiny ;;
+*launch.cli\\ run*)
+    folder=$CARRY_HOME/runs/tiny
+    mkdir -p "$folder/eval/ruler" "$folder/stages/0-warmup"
+    echo '{}' | tee "$folder/metrics.jsonl" "$folder/recipe.json" >"$folder/eval/ruler/stage-1.json"
+    head -c 17000000 /dev/zero >"$folder/environment.json"
+    echo "offline $HF_HUB_OFFLINE $PIP_NO_INDEX $PIP_FIND_LINKS $WANDB_MODE"
+    echo "said $*"
+    exit "$CODE"
+    ;;
+*launch.cli\\ report*) echo made >"${@: -1}/report.html" ;;
+*) exit 2 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75, 1])
+def test_a_run_leaves_few_small_files_whatever_becomes_of_it(tmp_path, code) -> None:
+    folder, home, out = prepared(tmp_path, room=8 * MIB), tmp_path / "home", tmp_path / "out"
+    receive(1, folder, home)
+    (home / "installed").touch()
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environ = {**os.environ, "CARRY_HOME": str(home), "PYTHON": str(stub), "CODE": str(code)}
+    environ |= {"REAL": sys.executable, "LIMIT_S": "60"}
+    command = [
+        "bash",
+        str(ROOT / "benchmarks" / "convert_on_gpu.sh"),
+        "run",
+        str(out),
+        "train.seed=3",
+    ]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == code
+    wanted = {"log.txt", "metrics.jsonl", "recipe.json", "results.tar.gz", "summary.txt"}
+    assert {path.name for path in out.iterdir()} == wanted | ({"report.html"} if code else set())
+    assert "larger than 16 MiB: environment.json" in done.stdout
+    log = (out / "log.txt").read_text()
+    assert f"offline 1 1 {home}/files/checkpoint offline" in log
+    assert f"output_dir={home}/runs data.cache_dir={home}/cache train.seed=3" in log
+    assert f"exit code {code} after" in (out / "summary.txt").read_text()
+
+
 def wheel(folder: Path, name: str, version: str, *needs: str) -> Path:
     """A wheel with nothing but metadata."""
     folder.mkdir(exist_ok=True)
