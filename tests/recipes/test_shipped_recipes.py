@@ -24,6 +24,7 @@ def test_all_recipes_are_found() -> None:
         "qwen3-30b-a3b",
         "qwen3-4b",
         "smollm2-135m",
+        "smollm2-8k",
     ]
 
 
