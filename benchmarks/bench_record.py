@@ -33,12 +33,15 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of this checkout; what the variable COMMIT says where git is not there, else "unknown"."""
+    """What the variable COMMIT says, for a tree that was carried elsewhere; else this checkout's commit, and
+    "unknown" where git is not there."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
