@@ -33,8 +33,8 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """What the variable COMMIT says, for a tree that was carried elsewhere; else this checkout's commit, and
-    "unknown" where git is not there."""
+    """What the variable COMMIT says, for a tree that was carried elsewhere; else this checkout's commit, or
+    "unknown" without git."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     try:
