@@ -20,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 MODE=${1:-}
 case $MODE in
 first) LIMIT_S=${LIMIT_S:-280} PARTS=${PARTS:-check kernels sweep} ;;
-second) LIMIT_S=${LIMIT_S:-420} PARTS=${PARTS:-check kernels step sweep} ;;
+second) LIMIT_S=${LIMIT_S:-420} PARTS=${PARTS:-check kernels step sweep profile} ;;
 full) LIMIT_S=${LIMIT_S:-1680} PARTS=${PARTS:-check kernels step profile} ;;
 dry) LIMIT_S=${LIMIT_S:-3600} PARTS=${PARTS:-check kernels step profile} ;;
 convert) exec bash benchmarks/convert_on_gpu.sh "${@:2}" ;;
@@ -160,6 +160,8 @@ second)
     wanted sweep && step 90 "$PYTHON" benchmarks/kernels.py --sweep --most 6 \
         --only "sparse backward" "sparse kl" kl --heads 64/4 32/8 --lengths 128K --budget-s 0.2 \
         --json "$OUT/sweep.json" --total-s $(($(within 90) - 5))
+    wanted profile && step 40 "$PYTHON" benchmarks/kernels.py --profile "$OUT/profile.txt" \
+        --json "$OUT/kernels.json" --only "training layer" "warmup trained"
     ;;
 full)
     if wanted check; then

@@ -5,7 +5,7 @@
     python benchmarks/kernels.py --sweep --only sparse --heads 32/8 --lengths 128K   launch values compared
     python benchmarks/kernels.py --check                                             correctness only
     python benchmarks/kernels.py --dry                                               on a CPU, no speed
-    python benchmarks/kernels.py --profile profile.txt --json kernels.json           the slowest operation
+    python benchmarks/kernels.py --profile profile.txt --json kernels.json           kernels of the slowest
 
 With --json the measuring process is a child: where a kernel hangs or breaks the device, another goes on.
 
@@ -97,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no CUDA device here: use --dry to see that everything runs", file=sys.stderr)
         return 2
     if options.profile is not None and not options.dry:
-        from bench_profile import profile_slowest
+        from bench_profile import profile_timed
 
-        return profile_slowest(options.json, options.profile)
+        return profile_timed(options.json, options.only, options.profile)
     return _sweep(options) if options.sweep else _measure(options)
 
 
@@ -269,7 +269,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="correctness only")
     parser.add_argument("--sweep", action="store_true", help="compare launch values")
     parser.add_argument(
-        "--profile", type=Path, metavar="FILE", help="profile the slowest of --json"
+        "--profile", type=Path, metavar="FILE", help="profile --only, or the slowest, of --json"
     )
     parser.add_argument("--heads", nargs="+", help="64/4, or 9/3x64 with the width")
     parser.add_argument("--lengths", nargs="+", help="tokens: 8K 128K 1M 20001")
