@@ -64,7 +64,9 @@ def checkpointed(model, use_reentrant):
 
 def lm_loss(model, row, call):
     logits = model(row.input_ids, msa_call=call, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), row.input_ids[:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), row.input_ids[:, 1:].flatten()
+    )
 
 
 def gradients(model):
@@ -75,11 +77,17 @@ def gradients(model):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("mode", ["warmup", "sparse"])
-def test_kl_is_computed_once_a_layer_and_changes_no_bit(model, computed, mode, fraction, monkeypatch):
-    """The measure is the KL of its own graph, added to the loss and differentiated without recomputation."""
+def test_kl_is_computed_once_a_layer_and_changes_no_bit(
+    model, computed, mode, fraction, monkeypatch
+):
+    """Compared with a KL of its own graph that is added to the loss, without recomputation."""
     if fraction < 1:
         monkeypatch.setattr("dense2sparse.kernels.tiled.TILE_QUERIES", 16)
-    fields = {"kl_weight": WEIGHT, "kl_fraction": fraction if mode == "warmup" else 1.0, "kl_seed": 5}
+    fields = {
+        "kl_weight": WEIGHT,
+        "kl_fraction": fraction if mode == "warmup" else 1.0,
+        "kl_seed": 5,
+    }
     row = Row(96)
     beside = AttentionCall(mode, attach_kl=False, **fields)
     loss = lm_loss(checkpointed(model, None), row, beside)
@@ -123,7 +131,7 @@ def test_micro_batches_that_wait_for_each_other_keep_their_own_kl(model, compute
 
 
 def test_without_gradients_the_value_is_there_at_once_in_evaluation_mode(model, computed):
-    """In training mode such a pass may be the first of reentrant checkpointing: its KL comes later, or never."""
+    """In training mode such a pass may be the first of reentrant checkpointing: its KL comes later."""
     row = Row(64)
     with torch.no_grad():
         call = AttentionCall("warmup", kl_weight=WEIGHT)
