@@ -146,6 +146,70 @@ def test_rows_of_one_document_are_not_packed():
     assert found is not None and [part.keys.start for part in found.pieces] == [2, 0]
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_documents_of_one_length_are_rows_of_a_batch_for_any_library(strided):
+    """cuDNN has no packed form. In the layout that models use nothing is copied on the way in."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for heads in (4, 2, 2):
+        shape = (2, 36, heads, 16) if strided else (2, heads, 36, 16)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        tensors.append((x.transpose(1, 2) if strided else x).requires_grad_())
+    ids = torch.tensor([[0] * 12 + [1] * 12 + [2] * 12, [5] * 12 + [4] * 12 + [3] * 12])
+    seen = []
+
+    def causal(q, k, v, scale):
+        seen.append((q.shape, q.untyped_storage().data_ptr()))
+        return cpu_causal(q, k, v, scale)
+
+    packed = packed_documents(tensors[0], ids, 0)
+    out, lse = attend_with(Library("no packed form", causal, None), *tensors, 0.3, packed, 0)
+    assert [shape for shape, _ in seen] == [(6, 4, 12, 16)]
+    assert (seen[0][1] == tensors[0].untyped_storage().data_ptr()) == strided
+    wanted, wanted_lse = reference.dense_attention(*tensors, scale=0.3, document_ids=ids)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(lse, wanted_lse, check_dtype=False)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(wanted, tensors, grad)
+    torch.testing.assert_close(torch.autograd.grad(out, tensors, grad), expected)
+
+
+@pytest.mark.parametrize(
+    ("documents", "offset", "served_by"),
+    [
+        (None, 0, "cudnn"),
+        ([[0] * 12 + [1] * 12], 0, "cudnn"),
+        ([[3] * 24], 0, "cudnn"),
+        ([[0] * 11 + [1] * 13], 0, "flash"),
+        ([[0] * 12 + [1] * 12], 12, "flash"),
+        (None, 12, "flash"),
+    ],
+)
+def test_cudnn_serves_rows_of_whole_or_equal_documents(monkeypatch, documents, offset, served_by):
+    served = []
+
+    def library(name, packed):
+        def causal(*inputs):
+            served.append(name)
+            return cpu_causal(*inputs)
+
+        def of_documents(*inputs):
+            served.append(name)
+            return cpu_packed(*inputs)
+
+        return Library(name, causal, of_documents if packed else None)
+
+    both = {"cudnn": library("cudnn", False), "flash": library("flash", True)}
+    monkeypatch.setattr(library_dense, "LIBRARIES", both)
+    monkeypatch.setattr(library_dense, "_candidates_for", lambda q: tuple(both))
+    ids = None if documents is None else torch.tensor(documents)
+    q, k = torch.randn(1, 4, 24 - offset, 16), torch.randn(1, 2, 24, 16)
+    options = {"document_ids": ids, "query_offset": offset}
+    out, _ = library_dense.dense_attention(q, k, k, **options)
+    torch.testing.assert_close(out, reference.dense_attention(q, k, k, **options)[0])
+    assert served == [served_by]
+
+
 def meta(*shape):
     return torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
 
