@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dense2sparse.kernels import ops
 from dense2sparse.model.attention import AttentionCall
 from dense2sparse.model.convert import backbone_parameters, convert, index_parameters
+from dense2sparse.model.execution import Execution, set_execution
 from dense2sparse.recipes.schema import Sparsity
 
 LAYERS, SPARSE, WEIGHT = 4, [1, 2, 3], 0.7
@@ -15,10 +16,10 @@ RECOMPUTE = [None, False, True]
 
 
 class Row:
-    def __init__(self, length, seed=0):
+    def __init__(self, length, seed=0, rows=2):
         generator = torch.Generator().manual_seed(seed)
-        self.input_ids = torch.randint(3, 64, (2, length), generator=generator)
-        self.position_ids = torch.arange(length).repeat(2, 1)
+        self.input_ids = torch.randint(3, 64, (rows, length), generator=generator)
+        self.position_ids = torch.arange(length).repeat(rows, 1)
 
 
 @pytest.fixture()
@@ -108,6 +109,23 @@ def test_kl_is_computed_once_a_layer_and_changes_no_bit(
         for layer in SPARSE:
             assert torch.equal(call.reports[layer].kl, beside.reports[layer].kl.detach())
             assert not call.reports[layer].kl.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["warmup", "sparse"])
+def test_triton_kernels_compute_it_in_the_backward_pass_too(model, computed, mode):
+    """Against the torch path; two documents in a row, so that the kernels are told of them."""
+    row, found = Row(40, rows=1), []
+    documents = (torch.arange(40) >= 9).int()[None]
+    for backend, use_reentrant in (("torch", None), ("triton", False)):
+        set_execution(model, Execution(backend=backend))
+        computed.clear()
+        call = AttentionCall(mode, document_ids=documents, kl_weight=WEIGHT)
+        lm_loss(checkpointed(model, use_reentrant), row, call).backward()
+        assert computed == [True] * len(SPARSE)
+        kls = [call.reports[layer].kl for layer in SPARSE]
+        found.append([*kls, *gradients(model).values()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", RECOMPUTE)
