@@ -106,13 +106,13 @@ class Row:
 
 
 def random_row(size: Size, rows: int, length: int, device: torch.device) -> Row:
-    """Random tokens, one document a row."""
+    """Random tokens, one document a row; document ids on the CPU, where the loader has them."""
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(size.vocabulary, (rows, length), generator=generator, device=device)
     positions = torch.arange(length, device=device).expand(rows, -1).contiguous()
     targets = torch.full_like(ids, -100)
     targets[:, :-1] = ids[:, 1:]
-    return Row(ids, positions, torch.zeros_like(ids, dtype=torch.int32), targets)
+    return Row(ids, positions, torch.zeros(ids.shape, dtype=torch.int32), targets)
 
 
 def build(
@@ -218,10 +218,10 @@ def gradients(objective: Objective, mode: str, row: Row) -> tuple[Tensor, Tensor
         kl_scale=1.0 if frozen else None,
         with_lm=False,
     )
-    loss.backward()
-    kls = [report.kl.detach() for report in call.reports.values() if report.kl is not None]
+    loss.backward()  # an attached KL is computed there
+    kls: list[Any] = [report.kl for report in call.reports.values()]
     call.reports.clear()
-    return loss.detach(), torch.stack(kls).sum() if kls else None
+    return loss.detach(), torch.stack(kls).detach().sum() if kls else None
 
 
 @contextmanager

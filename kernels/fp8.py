@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import document_starts
+from .documents import DocumentIds, key_starts
 
 LARGEST = 448.0
 """Largest finite e4m3 value."""
@@ -31,7 +31,7 @@ def _first_keys(num_keys: int, block_size: int, starts: Tensor | None, device) -
 
 @torch.no_grad()
 def quantize_index(
-    index_q: Tensor, index_k: Tensor, *, block_size: int, document_ids: Tensor | None = None
+    index_q: Tensor, index_k: Tensor, *, block_size: int, document_ids: DocumentIds = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round to float8_e4m3fn.
 
@@ -45,8 +45,8 @@ def quantize_index(
     batch, _, num_keys, _ = index_k.shape
     wide_q, wide_k = index_q.float(), index_k.float()
     q8 = (wide_q / _power_of_two(wide_q.abs().amax(-1, keepdim=True))).to(torch.float8_e4m3fn)
-    starts = None if document_ids is None else document_starts(document_ids)
-    first = _first_keys(num_keys, block_size, starts, index_k.device).expand(batch, num_keys)
+    first = _first_keys(num_keys, block_size, key_starts(document_ids), index_k.device)
+    first = first.expand(batch, num_keys)
     largest = wide_k[:, 0].abs().amax(-1)
     by_block = torch.zeros_like(largest).scatter_reduce_(1, first, largest, "amax")
     factors = _power_of_two(by_block.gather(1, first))
@@ -55,7 +55,7 @@ def quantize_index(
 
 
 def round_index(
-    index_q: Tensor, index_k: Tensor, *, block_size: int, document_ids: Tensor | None = None
+    index_q: Tensor, index_k: Tensor, *, block_size: int, document_ids: DocumentIds = None
 ) -> tuple[Tensor, Tensor]:
     """The values that fp8 ranks by, in float32: what `quantize_index` keeps, for backends without fp8."""
     q8, k8, factors = quantize_index(

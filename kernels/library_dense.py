@@ -10,7 +10,8 @@ reference.dense_attention. `candidates` names the libraries in the order in whic
 
 The order is what the authors of these kernels publish about them; benchmarks/kernels.py compares the last
 two on the device at hand. All four share keys between the heads of a group, so keys are never repeated.
-Packed documents go to the variable-length form of fa4, fa3 or flash (cuDNN's takes no groups in torch).
+Packed documents go to the variable-length form of fa4, fa3 or flash (cuDNN's takes no groups in torch);
+documents of one length become rows of a batch, and any library serves them.
 A chunk of queries after cached keys (S > T) is one call where the causal mask is aligned at the last key
 (fa4, fa3, flash); for cuDNN, whose mask is aligned at the first, see library_merge.py.
 
@@ -27,14 +28,13 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import tiled
-from .documents import Piece, pieces
+from .documents import DocumentIds, Documents, Packed
 from .library_merge import CUDNN, piecewise_attention
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def dense_attention(
     v: Tensor,
     *,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_attention; differentiable in q, k and v through `out`.
@@ -79,12 +79,13 @@ def dense_attention(
         return tiled.dense_attention(
             q, k, v, scale=scale, document_ids=document_ids, query_offset=query_offset
         )
-    parts = packed_pieces(q, k, document_ids, query_offset)
+    packed = packed_documents(q, document_ids, query_offset)
+    plain = packed is None or packed.equal
     long = query_offset == 0 or q.shape[2] >= MIN_CHUNK
-    fits = [name for name in names if name != "cudnn" or (parts is None and long)]
+    fits = [name for name in names if name != "cudnn" or (plain and long)]
     library = LIBRARIES[fits[0]]
     _say_once(f"{library.name} serves {q.dtype} of width {q.shape[-1]}")
-    return attend_with(library, q, k, v, scale, parts, query_offset)
+    return attend_with(library, q, k, v, scale, packed, query_offset)
 
 
 def candidates(
@@ -123,19 +124,16 @@ def installed() -> frozenset[str]:
     return frozenset(found)
 
 
-def packed_pieces(
-    q: Tensor, k: Tensor, document_ids: Tensor | None, query_offset: int
-) -> list[Piece] | None:
+def packed_documents(q: Tensor, document_ids: DocumentIds, query_offset: int) -> Packed | None:
     """The documents that hold a query, or None where each row is one document from its first key on.
 
-    Waits for the device once where there are ids; training always passes them, and unpacked rows are for
-    the faster kernels.
+    Training always passes ids, and unpacked rows are for the faster kernels. Waits for the device once
+    where the ids are a plain tensor, see `Documents`.
     """
     if document_ids is None:
         return None
-    parts = list(pieces(q.shape[2], k.shape[2], document_ids, query_offset))
-    whole = len(parts) == len(q) and not any(part.keys.start for part in parts)
-    return None if whole else parts
+    made = document_ids if isinstance(document_ids, Documents) else Documents.of(document_ids)
+    return made.packed(q.shape[2], query_offset)
 
 
 def attend_with(
@@ -144,15 +142,31 @@ def attend_with(
     k: Tensor,
     v: Tensor,
     scale: float,
-    parts: list[Piece] | None,
+    packed: Packed | None,
     query_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of one library, documents (from `packed_pieces`) and offset included."""
+    """Dense attention of one library, documents (from `packed_documents`) and offset included."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if parts is not None:
-        return _documents(library, q, k, v, scale, parts, query_offset)
+    if packed is not None and packed.equal:
+        return _equal_documents(library, q, k, v, scale, packed.max_queries)
+    if packed is not None:
+        return _documents(library, q, k, v, scale, packed, query_offset)
     num_keys = query_offset + q.shape[2]
     out, lse = library.causal(q, k[:, :, :num_keys], v[:, :, :num_keys], scale)
+    return out, lse.detach()
+
+
+def _equal_documents(
+    library: Library, q: Tensor, k: Tensor, v: Tensor, scale: float, length: int
+) -> tuple[Tensor, Tensor]:
+    """Documents of one length as rows of a batch, which every library serves."""
+    batch, _, num_queries, _ = q.shape
+
+    def apart(x: Tensor) -> Tensor:
+        return x[:, :, :num_queries].unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+
+    out, lse = library.causal(apart(q), apart(k), apart(v), scale)
+    out, lse = (x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for x in (out, lse))
     return out, lse.detach()
 
 
@@ -162,7 +176,7 @@ def _documents(
     k: Tensor,
     v: Tensor,
     scale: float,
-    parts: list[Piece],
+    packed: Packed,
     query_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Every document of every row in one call."""
@@ -170,6 +184,7 @@ def _documents(
     batch, _, num_queries, _ = q.shape
     last = query_offset + num_queries
     # Documents that end before the first query are left out, so rows may hold unequal numbers of keys.
+    parts = packed.pieces
     first = [min(p.keys.start for p in parts if p.rows.start == row) for row in range(batch)]
     queries = q.transpose(1, 2).flatten(0, 1)
     keys, values = (
@@ -178,13 +193,9 @@ def _documents(
         else x[:, :, :last].transpose(1, 2).flatten(0, 1)
         for x in (k, v)
     )
-    query_lens = [p.queries.stop - p.queries.start for p in parts]
-    key_lens = [p.keys.stop - p.keys.start for p in parts]
-    bounds = [
-        torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=q.device)
-        for lens in (query_lens, key_lens)
-    ]
-    out, lse = library.packed(queries, keys, values, *bounds, max(query_lens), max(key_lens), scale)
+    bounds = packed.query_bounds, packed.key_bounds
+    longest = packed.max_queries, packed.max_keys
+    out, lse = library.packed(queries, keys, values, *bounds, *longest, scale)
     out = out.unflatten(0, (batch, num_queries)).transpose(1, 2)
     return out, lse.detach().unflatten(1, (batch, num_queries)).transpose(0, 1)
 

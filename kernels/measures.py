@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .documents import pieces
+from .documents import DocumentIds, pieces
 from .reference import top_blocks
 from .tiled import block_mass
 
@@ -50,7 +50,7 @@ def measure_selection(
     scale: float | None = None,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
 ) -> SelectionMeasures | None:
     """Measure block ids (B, G, N, K) against q (B, H, N, D), k (B, G, N, D).
 

@@ -6,8 +6,8 @@ tensors on a CUDA device and `torch` elsewhere. A backend is a module with the f
 
 Layouts: q (B, H, T, D), k and v (B, G, S, D), index q (B, G, T, D_idx), index k (B, 1, S, D_idx), block
 ids (B, G, T, K) int32 ascending and -1 padded, lse (B, H, T). `document_ids` is (B, S) int32 over the
-keys, or None for one document a row; block ids count from the document's own first block. Equations and
-meaning of each operation: reference.py.
+keys, or None for one document a row, or `documents.Documents`, which is made of the ids once and serves all
+layers of a pass; block ids count from the document's own first block. Equations and meaning: reference.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference, tiled, tiled_kl
+from .documents import DocumentIds, ids_of, key_starts
 from .fp8 import round_index
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -50,7 +51,12 @@ def _operation(name: str, backend: str, tensor: Tensor) -> Any:
     chosen = resolve(backend, tensor.device)
     if chosen == "triton":
         return getattr(_triton(), name)
-    return getattr(reference if chosen == "reference" else _TORCH, name)
+    if chosen == "torch":
+        return getattr(_TORCH, name)
+    defined = getattr(reference, name)
+    return lambda *tensors, document_ids=None, **options: defined(
+        *tensors, document_ids=ids_of(document_ids), **options
+    )
 
 
 def _triton() -> ModuleType:
@@ -73,7 +79,7 @@ def select_blocks(
     top_k: int,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
     precision: Precision = "input",
     backend: str = "auto",
@@ -115,7 +121,7 @@ def select_by_mass(
     scale: float | None = None,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
     backend: str = "auto",
 ) -> Tensor:
@@ -143,7 +149,7 @@ def dense_attention(
     v: Tensor,
     *,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -164,7 +170,7 @@ def sparse_attention(
     *,
     block_size: int,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
     validate: bool = False,
     backend: str = "auto",
@@ -203,7 +209,7 @@ def index_kl(
     index_scale: float | None = None,
     block_ids: Tensor | None = None,
     block_size: int | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     fraction: float = 1.0,
     seed: int = 0,
     backend: str = "auto",
@@ -263,7 +269,7 @@ def sparse_decode(
     local_blocks: int = 1,
     init_blocks: int = 0,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -326,10 +332,10 @@ def _check_index(index_q: Tensor, index_k: Tensor, k: Tensor | None = None) -> N
         raise ValueError(f"{shapes}: expected (B, G, T, D_idx) and (B, 1, S, D_idx)")
 
 
-def _check_documents(document_ids: Tensor | None, k: Tensor) -> None:
-    expected = (k.shape[0], k.shape[2])
-    if document_ids is not None and tuple(document_ids.shape) != expected:
-        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}, the keys {expected}")
+def _check_documents(document_ids: DocumentIds, k: Tensor) -> None:
+    ids, expected = ids_of(document_ids), (k.shape[0], k.shape[2])
+    if ids is not None and tuple(ids.shape) != expected:
+        raise ValueError(f"document_ids has shape {tuple(ids.shape)}, the keys {expected}")
 
 
 def _check_block_ids(block_ids: Tensor, q: Tensor, k: Tensor) -> None:
@@ -341,14 +347,15 @@ def _check_block_ids(block_ids: Tensor, q: Tensor, k: Tensor) -> None:
 
 
 def _check_id_values(
-    block_ids: Tensor, block_size: int, document_ids: Tensor | None, query_offset: int
+    block_ids: Tensor, block_size: int, document_ids: DocumentIds, query_offset: int
 ) -> None:
     num_queries = block_ids.shape[2]
     position = torch.arange(num_queries, device=block_ids.device) + query_offset
-    if document_ids is None:
+    starts = key_starts(document_ids)
+    if starts is None:
         current = (position // block_size)[None]
     else:
-        current = (position - reference.document_starts(document_ids)[:, position]) // block_size
+        current = (position - starts[:, position]) // block_size
     before, after = block_ids[..., :-1], block_ids[..., 1:]
     problems = {
         "an id below -1": block_ids < -1,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .documents import pieces
-from .reference import accumulation_dtype, document_starts, top_blocks
+from .documents import DocumentIds, key_starts, pieces
+from .reference import accumulation_dtype, top_blocks
 
 TILE_ELEMENTS = 1 << 24
 """Bound of one tile of scores over all heads and rows: 64 MiB in float32."""
@@ -68,7 +68,7 @@ def select_blocks(
     top_k: int,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
 ) -> Tensor:
     """See reference.select_blocks; scores in float32 tile by tile."""
@@ -119,7 +119,7 @@ def select_by_mass(
     scale: float | None = None,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
 ) -> Tensor:
     """See reference.select_by_mass."""
@@ -307,7 +307,7 @@ def sparse_attention(
     *,
     block_size: int,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See reference.sparse_attention; differentiable in q, k and v (not through the log-sum-exp)."""
@@ -324,7 +324,7 @@ def dense_attention(
     v: Tensor,
     *,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_attention; differentiable in q, k and v (not through the log-sum-exp)."""
@@ -353,7 +353,7 @@ def sparse_decode(
     local_blocks: int = 1,
     init_blocks: int = 0,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """See reference.sparse_decode; reads all index keys, but only the selected keys and values."""
@@ -362,9 +362,9 @@ def sparse_decode(
     last = q.new_full((batch,), num_keys - 1, dtype=torch.long)
     if lengths is not None:
         last = lengths.long() - 1
-    starts = torch.zeros_like(last)
-    if document_ids is not None:
-        starts = document_starts(document_ids).gather(1, last[:, None])[:, 0]
+    firsts, starts = key_starts(document_ids), torch.zeros_like(last)
+    if firsts is not None:
+        starts = firsts.long().gather(1, last[:, None])[:, 0]
     position = torch.arange(num_keys, device=q.device)[None]
     relative = position - starts[:, None]
     scores = _each_head(index_q.to(dtype), index_k.to(dtype)[:, 0].mT)[:, :, 0]

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .documents import Piece, pieces
+from .documents import DocumentIds, Piece, pieces
 from .reference import accumulation_dtype
 from .tiled import future, tiles, token_support
 
@@ -68,7 +68,7 @@ def index_kl(
     index_scale: float | None = None,
     block_ids: Tensor | None = None,
     block_size: int | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     fraction: float = 1.0,
     seed: int = 0,
 ) -> Tensor:

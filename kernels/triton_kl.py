@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
+from .documents import DocumentIds, key_starts
 from .triton_kl_full import FullLaunch, FullRows, default_launch
 from .triton_sparse_kl import sparse_kl
-from .triton_support import key_starts
 
 LOG2_E = math.log2(math.e)
 
@@ -54,7 +54,7 @@ def index_kl(
     index_scale: float | None = None,
     block_ids: Tensor | None = None,
     block_size: int | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     deterministic: bool = False,
     fraction: float = 1.0,
     seed: int = 0,

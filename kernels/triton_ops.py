@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import library_dense, tiled, triton_decode, triton_kl
+from .documents import DocumentIds, ids_of, key_starts
 from .fp8 import quantize_index
 from .triton_attend import attend
 from .triton_attend_backward import attend_backward
@@ -23,7 +24,6 @@ from .triton_support import (
     check_version,
     check_width,
     interpreting,
-    key_starts,
     target_arch,
 )
 
@@ -38,7 +38,7 @@ def select_blocks(
     top_k: int,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
     precision: Literal["input", "fp8"] = "input",
 ) -> Tensor:
@@ -47,7 +47,7 @@ def select_blocks(
     Raises:
         ValueError: what no kernel serves, or fp8 on a device without it.
     """
-    _check(index_q=index_q, index_k=index_k, document_ids=document_ids)
+    _check(index_q=index_q, index_k=index_k, document_ids=ids_of(document_ids))
     check_width("index_q", index_q.shape[-1])
     check_block_size(block_size)
     check_top_k(top_k)
@@ -80,11 +80,11 @@ def dense_attention(
     v: Tensor,
     *,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_attention; a library's kernel on a GPU, torch's own on CPU."""
-    _check(q=q, k=k, v=v, document_ids=document_ids)
+    _check(q=q, k=k, v=v, document_ids=ids_of(document_ids))
     library = library_dense if q.is_cuda else tiled
     return library.dense_attention(
         q, k, v, scale=scale, document_ids=document_ids, query_offset=query_offset
@@ -128,14 +128,14 @@ def sparse_attention(
     *,
     block_size: int,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     query_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See reference.sparse_attention; differentiable in q, k and v (not through the log-sum-exp).
 
     The backward pass repeats to the bit under `torch.use_deterministic_algorithms(True)`.
     """
-    _check(q=q, k=k, v=v, block_ids=block_ids, document_ids=document_ids)
+    _check(q=q, k=k, v=v, block_ids=block_ids, document_ids=ids_of(document_ids))
     check_width("q", q.shape[-1])
     check_block_size(block_size)
     check_top_k(block_ids.shape[-1])
@@ -162,14 +162,13 @@ def sparse_decode(
     *,
     block_size: int,
     top_k: int,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     lengths: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """See reference.sparse_decode."""
-    _check(
-        q=q, k=k, v=v, index_q=index_q, index_k=index_k, document_ids=document_ids, lengths=lengths
-    )
+    ids = ids_of(document_ids)
+    _check(q=q, k=k, v=v, index_q=index_q, index_k=index_k, document_ids=ids, lengths=lengths)
     check_width("q", q.shape[-1])
     check_width("index_q", index_q.shape[-1])
     check_block_size(block_size)
@@ -182,7 +181,7 @@ def sparse_decode(
         index_k,
         block_size=block_size,
         top_k=top_k,
-        document_ids=document_ids,
+        document_ids=ids,
         lengths=lengths,
         **options,
     )
@@ -197,13 +196,12 @@ def index_kl(
     *,
     block_ids: Tensor | None = None,
     block_size: int | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: DocumentIds = None,
     **options: Any,
 ) -> Tensor:
     """See reference.index_kl."""
-    _check(
-        q=q, k=k, index_q=index_q, index_k=index_k, block_ids=block_ids, document_ids=document_ids
-    )
+    ids = ids_of(document_ids)
+    _check(q=q, k=k, index_q=index_q, index_k=index_k, block_ids=block_ids, document_ids=ids)
     check_width("q", q.shape[-1])
     check_width("index_q", index_q.shape[-1])
     if block_size is not None:

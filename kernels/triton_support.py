@@ -12,8 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .reference import document_starts
-
 OLDEST, NEWEST = (3, 6), (3, 9)
 """Triton versions that the kernels were compiled with, both ends included."""
 MAX_WIDTH = 256
@@ -126,10 +124,3 @@ def check_top_k(top_k: int) -> None:
 def padded_width(width: int) -> int:
     """Power of two that holds a head; the rest is masked."""
     return triton.next_power_of_2(width)
-
-
-def key_starts(document_ids: Tensor | None) -> Tensor | None:
-    """(B, S) int32, first position of each key's document; None where each row is one document."""
-    if document_ids is None:
-        return None
-    return document_starts(document_ids).to(torch.int32)

@@ -26,7 +26,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels import ops
+from ..kernels.documents import DocumentIds, Documents
 from ..kernels.measures import SelectionMeasures, measure_selection
+from .attached_kl import AttachKL
 from .bridge import passed
 from .document_mask import check_step_mask, document_mask, filled_part
 from .execution import Dispatch, Execution, dispatch_of, set_execution
@@ -46,7 +48,8 @@ class LayerReport:
     """What one sparse layer says about one forward pass."""
 
     kl: Tensor | None = None
-    """KL_layer, scalar, unweighted: mean over rows and index heads."""
+    """KL_layer, scalar, unweighted: mean over rows and index heads. An attached one is computed in the
+    backward pass and None until then; see `AttentionCall.attach_kl`."""
     block_ids: Tensor | None = None
     """(B, G, N, K) int32; a recomputation under activation checkpointing reads them again (trap 3)."""
     measures: SelectionMeasures | None = None
@@ -62,7 +65,8 @@ class AttentionCall:
     """Blocks per query; None takes the checkpoint's."""
     document_ids: Tensor | None = None
     """(B, S) int32; None takes them from the attention mask or restarting position ids. Where they are
-    given, position ids must restart too in models with sliding-window layers."""
+    given, position ids must restart too in models with sliding-window layers. On the CPU, as a loader
+    gives them, no pass waits for a device to learn where documents end."""
     kl_weight: float | None = None
     """Weight of each layer's KL in the gradient; None computes no KL."""
     kl_fraction: float = 1.0
@@ -70,25 +74,44 @@ class AttentionCall:
     kl_seed: int = 0
     """Draws these tiles; every layer draws its own."""
     attach_kl: bool = True
-    """The KL's gradient travels with the layer's output (traps 1 and 2). False leaves `reports[i].kl`
+    """The KL's gradient travels with the layer's output (traps 1 and 2), and the KL is computed where that
+    output's gradient arrives: once a layer, also where activations are recomputed. A pass that records no
+    gradients has none in training mode, and has it at once in evaluation mode. False leaves `reports[i].kl`
     with its own graph, for a frozen backbone whose outputs have none."""
     measure: bool = False
     """Fill `reports[i].measures`."""
     reports: dict[int, LayerReport] = field(default_factory=dict)
     """By layer index, sparse layers only."""
+    _documents: tuple[Tensor, Documents] | None = field(default=None, init=False, repr=False)
+    _checked_mask: Tensor | None = field(default=None, init=False, repr=False)
 
+    def documents(self, ids: Tensor, device: torch.device) -> Documents:
+        """What the layers need to know of ids (B, S), made for the first of them."""
+        known = self._documents
+        if known is None or known[0] is not ids or known[1].ids.device != device:
+            known = self._documents = ids, Documents.of(ids, device)
+        return known[1]
 
-class _CarryKL(torch.autograd.Function):
-    """Identity on the layer's output whose backward also feeds `weight` to the KL."""
+    def check_bounds(self, mask: Tensor | None, ids: Tensor, device: torch.device) -> None:
+        """Layers with a sliding window know documents from position ids only: see once that they do.
 
-    @staticmethod
-    def forward(ctx, out, kl, weight):
-        ctx.save_for_backward(kl.new_full((), weight))
-        return out.view_as(out)
+        Args:
+            mask: (B, 1, T, S) bool, the one mask of these layers.
 
-    @staticmethod
-    def backward(ctx, grad_out):
-        return grad_out, ctx.saved_tensors[0], None
+        Raises:
+            ValueError: they see one document where the ids name several.
+        """
+        bounds = self.documents(ids, device).bounds
+        places = [(row, at) for row, starts in enumerate(bounds) for at in starts[1:-1]]
+        if not places or (mask is not None and mask is self._checked_mask):
+            return
+        rows, firsts = torch.tensor(places, device=device).unbind(1)
+        if mask is None or bool(mask[rows, 0, firsts, firsts - 1].any()):
+            raise ValueError(
+                "document_ids name several documents in a row, but position_ids run on: let them restart "
+                "at each document, layers with a sliding window go by them"
+            )
+        self._checked_mask = mask
 
 
 def attend(
@@ -123,7 +146,7 @@ def attend(
     sdpa = partial(ALL_ATTENTION_FUNCTIONS["sdpa"], scaling=scaling, **kwargs)
     if sliding_window is not None:
         if msa_call is not None and msa_call.document_ids is not None:
-            _check_bounds(attention_mask, msa_call.document_ids)
+            msa_call.check_bounds(attention_mask, msa_call.document_ids, query.device)
         return sdpa(module, query, key, value, attention_mask)
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
@@ -133,7 +156,8 @@ def attend(
     call = msa_call
     if call is None and index_q is not None:
         call = AttentionCall(module.msa_mode, top_k=module.msa_top_k)
-    documents, lengths = attention_mask, None
+    documents: DocumentIds = attention_mask
+    lengths = None
     if attention_mask is not None and attention_mask.dim() == 4:
         if call is not None and call.document_ids is not None:
             raise ValueError("document_ids of a call need a cache that grows: pass a DynamicCache")
@@ -148,8 +172,9 @@ def attend(
             # What the mask hides before the new token is padding; what lies behind it is not read.
             documents = attention_mask[:, 0, 0].int()
             lengths = cache_len.to(torch.int32).repeat(len(key))
-    elif call is not None and call.document_ids is not None:
-        documents = call.document_ids
+    elif msa_call is not None:
+        ids = attention_mask if msa_call.document_ids is None else msa_call.document_ids
+        documents = None if ids is None else msa_call.documents(ids, query.device)
     offset = key.shape[2] - query.shape[2]
     if call is None or index_q is None or index_k is None:
         common: dict[str, Any] = {"scale": scaling, "document_ids": documents}
@@ -179,16 +204,6 @@ def _step_is_dense(module: Any, call: AttentionCall, query: Tensor, key: Tensor)
     )
 
 
-def _check_bounds(mask: Tensor | None, document_ids: Tensor) -> None:
-    """Layers with a sliding window know documents from position ids only: see that they do."""
-    rows, places = (document_ids[:, 1:] != document_ids[:, :-1]).nonzero(as_tuple=True)
-    if len(rows) and (mask is None or bool(mask[rows, 0, places + 1, places].any())):
-        raise ValueError(
-            "document_ids name several documents in a row, but position_ids run on: let them restart at "
-            "each document, layers with a sliding window go by them"
-        )
-
-
 @dataclass(frozen=True)
 class _SparseLayer:
     """One sparse layer in one forward pass."""
@@ -196,7 +211,7 @@ class _SparseLayer:
     module: Any
     call: AttentionCall
     scale: float | None
-    documents: Tensor | None
+    documents: DocumentIds
     offset: int
     lengths: Tensor | None
     """(B,) int32, cached tokens of a step on a cache of fixed capacity; None: all keys are there."""
@@ -218,7 +233,7 @@ class _SparseLayer:
             common["lengths"] = self.lengths
             return ops.sparse_decode(q, k, v, index_q, index_k, **self._budget, **common)
         report = call.reports.setdefault(self.module.layer_idx, LayerReport())
-        support: dict[str, Any] = {}
+        block_ids: Tensor | None = None
         if dense:
             out, lse = ops.dense_attention(q, k, v, **common, query_offset=self.offset)
         else:
@@ -228,26 +243,62 @@ class _SparseLayer:
                 raise ValueError(
                     "this AttentionCall has served a forward pass: make a new one for each"
                 )
-            support = {"block_ids": report.block_ids, "block_size": self.geometry.block_size}
-            options: dict[str, Any] = {"query_offset": self.offset, "validate": execution.debug}
-            out, lse = ops.sparse_attention(q, k, v, **support, **common, **options)
+            block_ids = report.block_ids
+            common |= {"query_offset": self.offset, "validate": execution.debug}
+            size = self.geometry.block_size
+            out, lse = ops.sparse_attention(q, k, v, block_ids, block_size=size, **common)
         if call.measure and report.measures is None:
             self._measure(report, q, k, index_q, index_k)
         if call.kl_weight is not None:
-            kl = self._kl(q, k, lse, index_q, index_k, {**support, **common})
-            report.kl = kl.detach() if call.attach_kl else kl
-            if call.attach_kl and torch.is_grad_enabled() and kl.requires_grad:
-                out = _CarryKL.apply(out, kl, call.kl_weight)
+            support = q.detach(), k.detach(), lse.detach(), block_ids
+            out = self._with_kl(out, support, index_q, index_k, report)
         return out
 
-    def _kl(self, q, k, lse, index_q, index_k, common: dict[str, Any]) -> Tensor:
-        call = self.call
-        if call.kl_fraction < 1 and "block_ids" not in common:
-            # Another number a step and layer, the same when the layer is recomputed.
-            seed = call.kl_seed * self.geometry.num_layers + self.module.layer_idx
-            common |= {"fraction": call.kl_fraction, "seed": seed}
-        scale = self.geometry.index_scale
-        return ops.index_kl(q, k, lse, index_q, index_k, **common, index_scale=scale)
+    def _with_kl(
+        self, out: Tensor, support: tuple, index_q, index_k, report: LayerReport
+    ) -> Tensor:
+        """The output, with the KL attached to it, or the KL reported at once."""
+        attach, weight = self.call.attach_kl, self.call.kl_weight
+        if attach and any(x.requires_grad for x in (out, index_q, index_k)):
+            return AttachKL.apply(out, index_q, index_k, *support, self._kl, weight, report)
+        if attach and self.module.training and not torch.is_grad_enabled():
+            return (
+                out  # the first pass of reentrant checkpointing; its recomputation attaches the KL
+            )
+        kl = self._kl(index_q, index_k, *support)
+        report.kl = kl.detach() if attach else kl
+        return out
+
+    def _kl(
+        self,
+        index_q: Tensor,
+        index_k: Tensor,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        block_ids: Tensor | None,
+    ) -> Tensor:
+        """The layer's KL over the selected blocks, or over full rows where `block_ids` is None."""
+        call, geometry = self.call, self.geometry
+        options: dict[str, Any] = {}
+        if block_ids is not None:
+            options = {"block_ids": block_ids, "block_size": geometry.block_size}
+        elif call.kl_fraction < 1:
+            # Another number a step and layer.
+            seed = call.kl_seed * geometry.num_layers + self.module.layer_idx
+            options = {"fraction": call.kl_fraction, "seed": seed}
+        return ops.index_kl(
+            q,
+            k,
+            lse,
+            index_q,
+            index_k,
+            **options,
+            scale=self.scale,
+            index_scale=geometry.index_scale,
+            document_ids=self.documents,
+            backend=self.dispatch.execution.backend,
+        )
 
     @property
     def geometry(self) -> Geometry:

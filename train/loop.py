@@ -190,9 +190,8 @@ class StageLoop:
         return int(count.item())
 
     def _call(self, batch: Any, **fields: Any) -> AttentionCall:
-        return AttentionCall(
-            mode=self.mode, document_ids=batch.document_ids.to(self.device), **fields
-        )
+        # The ids stay on the CPU: so the pass learns where documents end without waiting for the device.
+        return AttentionCall(mode=self.mode, document_ids=batch.document_ids, **fields)
 
     def _inputs(self, batch: Any) -> dict[str, Tensor]:
         return {
@@ -220,9 +219,15 @@ class StageLoop:
             kl_scale=self.kl_scale if self.frozen else None,
             with_lm=sums is not None,
         )
+        self.engine.backward(loss)  # an attached KL is computed there
+        missing = [layer for layer, report in call.reports.items() if report.kl is None]
+        if missing:
+            raise TrainingError(
+                f"{self.label} computed no KL for layers {', '.join(map(str, missing))}: no gradient came "
+                "back through their outputs, so their index branch is not trained"
+            )
         if sums is not None:
             sums.add(lm, call.reports)
-        self.engine.backward(loss)
         call.reports.clear()
 
     def _losses(

@@ -92,11 +92,10 @@ class Objective(nn.Module):
 
         Args:
             input_ids, position_ids, targets: (B, N) int64.
-            call: AttentionCall of this pass; its `reports` are filled.
+            call: AttentionCall of this pass; its `reports` are filled, an attached KL in the backward pass.
             normaliser: target tokens a micro batch has in the mean over the step.
             kl_scale: None in joint stages: the loss is the LM loss, and the KL's gradient travels
-            with
-                the layers' outputs. Else (frozen backbone) the loss is kl_scale * sum of the KLs.
+                with the layers' outputs. Else (frozen backbone) the loss is kl_scale * sum of the KLs.
             with_lm: whether to compute the LM loss where it is not differentiated.
 
         Returns:

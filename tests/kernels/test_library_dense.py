@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense2sparse.kernels import library_dense, library_merge, reference
-from dense2sparse.kernels.library_dense import Library, attend_with, candidates, packed_pieces
+from dense2sparse.kernels.library_dense import Library, attend_with, candidates, packed_documents
 
 EVERY = ("fa4", "fa3", "cudnn", "flash")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -114,8 +114,8 @@ def test_documents_and_chunks_of_a_library_equal_the_definition_and_its_gradient
     tensors, documents, offset = case
     options = {"scale": 0.3, "document_ids": documents, "query_offset": offset}
     wanted, wanted_lse = reference.dense_attention(*tensors, **options)
-    parts = packed_pieces(tensors[0], tensors[1], documents, offset)
-    out, lse = attend_with(ON_CPU, *tensors, 0.3, parts, offset)
+    packed = packed_documents(tensors[0], documents, offset)
+    out, lse = attend_with(ON_CPU, *tensors, 0.3, packed, offset)
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(lse, wanted_lse, check_dtype=False)
     assert not lse.requires_grad
@@ -138,12 +138,76 @@ def test_pieces_cover_every_key_once_and_all_but_the_first_have_one_shape(num_qu
 
 def test_rows_of_one_document_are_not_packed():
     """Training always passes ids; cuDNN, which serves no documents, must not be lost to that."""
-    q, k = torch.empty(2, 1, 6, 16), torch.empty(2, 1, 10, 16)
+    q = torch.empty(2, 1, 6, 16)
     one = torch.tensor([[3] * 10, [5] * 10])
-    assert packed_pieces(q, k, one, 4) is None and packed_pieces(q, k, None, 4) is None
+    assert packed_documents(q, one, 4) is None and packed_documents(q, None, 4) is None
     padded = torch.tensor([[0] * 2 + [1] * 8, [1] * 10])
-    found = packed_pieces(q, k, padded, 4)
-    assert found is not None and [part.keys.start for part in found] == [2, 0]
+    found = packed_documents(q, padded, 4)
+    assert found is not None and [part.keys.start for part in found.pieces] == [2, 0]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_documents_of_one_length_are_rows_of_a_batch_for_any_library(strided):
+    """cuDNN has no packed form. In the layout that models use nothing is copied on the way in."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for heads in (4, 2, 2):
+        shape = (2, 36, heads, 16) if strided else (2, heads, 36, 16)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        tensors.append((x.transpose(1, 2) if strided else x).requires_grad_())
+    ids = torch.tensor([[0] * 12 + [1] * 12 + [2] * 12, [5] * 12 + [4] * 12 + [3] * 12])
+    seen = []
+
+    def causal(q, k, v, scale):
+        seen.append((q.shape, q.untyped_storage().data_ptr()))
+        return cpu_causal(q, k, v, scale)
+
+    packed = packed_documents(tensors[0], ids, 0)
+    out, lse = attend_with(Library("no packed form", causal, None), *tensors, 0.3, packed, 0)
+    assert [shape for shape, _ in seen] == [(6, 4, 12, 16)]
+    assert (seen[0][1] == tensors[0].untyped_storage().data_ptr()) == strided
+    wanted, wanted_lse = reference.dense_attention(*tensors, scale=0.3, document_ids=ids)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(lse, wanted_lse, check_dtype=False)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(wanted, tensors, grad)
+    torch.testing.assert_close(torch.autograd.grad(out, tensors, grad), expected)
+
+
+@pytest.mark.parametrize(
+    ("documents", "offset", "served_by"),
+    [
+        (None, 0, "cudnn"),
+        ([[0] * 12 + [1] * 12], 0, "cudnn"),
+        ([[3] * 24], 0, "cudnn"),
+        ([[0] * 11 + [1] * 13], 0, "flash"),
+        ([[0] * 12 + [1] * 12], 12, "flash"),
+        (None, 12, "flash"),
+    ],
+)
+def test_cudnn_serves_rows_of_whole_or_equal_documents(monkeypatch, documents, offset, served_by):
+    served = []
+
+    def library(name, packed):
+        def causal(*inputs):
+            served.append(name)
+            return cpu_causal(*inputs)
+
+        def of_documents(*inputs):
+            served.append(name)
+            return cpu_packed(*inputs)
+
+        return Library(name, causal, of_documents if packed else None)
+
+    both = {"cudnn": library("cudnn", False), "flash": library("flash", True)}
+    monkeypatch.setattr(library_dense, "LIBRARIES", both)
+    monkeypatch.setattr(library_dense, "_candidates_for", lambda q: tuple(both))
+    ids = None if documents is None else torch.tensor(documents)
+    q, k = torch.randn(1, 4, 24 - offset, 16), torch.randn(1, 2, 24, 16)
+    options = {"document_ids": ids, "query_offset": offset}
+    out, _ = library_dense.dense_attention(q, k, k, **options)
+    torch.testing.assert_close(out, reference.dense_attention(q, k, k, **options)[0])
+    assert served == [served_by]
 
 
 def meta(*shape):
@@ -265,8 +329,8 @@ def test_on_the_device_each_library_equals_the_definition(name, documents, offse
     wanted, wanted_lse = reference.dense_attention(*exact, document_ids=ids, query_offset=offset)
     plain = [x.detach().clone().requires_grad_() for x in tensors]
     eager = plain_attention(*plain, ids, offset)
-    parts = packed_pieces(tensors[0], tensors[1], ids, offset)
-    out, lse = attend_with(library, *tensors, width**-0.5, parts, offset)
+    packed = packed_documents(tensors[0], ids, offset)
+    out, lse = attend_with(library, *tensors, width**-0.5, packed, offset)
     torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-2, rtol=1e-2)
     error = (out.double() - wanted).abs().max()
     assert error <= 2 * (eager.double() - wanted).abs().max() + 2 * torch.finfo(dtype).eps

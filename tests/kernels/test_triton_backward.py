@@ -14,8 +14,9 @@ from dense2sparse.kernels import (
     triton_attend_dkv,
     triton_lists,
 )
+from dense2sparse.kernels.documents import key_starts
 from dense2sparse.kernels.triton_attend_backward import BackwardLaunch
-from dense2sparse.kernels.triton_support import Launch, key_starts
+from dense2sparse.kernels.triton_support import Launch
 
 SMALL = BackwardLaunch(by_key=Launch(16, 16, 4, 1), by_query=Launch(16, 16, 4, 1))
 """Several steps of everything even in short rows."""

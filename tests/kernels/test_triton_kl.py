@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dense2sparse.kernels import reference, triton_kl, triton_kl_full, triton_sparse_kl
-from dense2sparse.kernels.triton_support import Launch, key_starts
+from dense2sparse.kernels.documents import key_starts
+from dense2sparse.kernels.triton_support import Launch
 
 SHAPES = settings(
     max_examples=10,

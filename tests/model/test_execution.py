@@ -137,7 +137,7 @@ def test_auto_asks_the_table_for_prefill_and_decoding(model, called):
 def test_auto_measures_and_distils_what_it_selects(model, called):
     call = AttentionCall("auto", kl_weight=1.0)
     set_execution(model, Execution(dense_below=1000))
-    model(ids(70), msa_call=call, use_cache=False)
+    model(ids(70), msa_call=call, use_cache=False).logits.sum().backward()
     assert call.reports[1].kl is not None and call.reports[1].block_ids is not None
 
 

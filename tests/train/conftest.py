@@ -48,6 +48,7 @@ def _cases() -> list[dict]:
         accumulated = {"kind": "sparse", "micro_batch_size": 1, "gradient_accumulation": 2}
         cases.append({"name": f"gas-z{zero}", "zero": zero, "stage": accumulated, "uneven": True})
     trained = {"kind": "warmup", "backbone": "trained", "backbone_lr": 1e-3}
+    trained["activation_checkpointing"] = True
     cases += [
         {"name": "whole-z1", "zero": 1, "stage": {"kind": "sparse"}, "uneven": True},
         {"name": "joint-warmup-z1", "zero": 1, "stage": trained},
@@ -81,6 +82,7 @@ def _triton_cases() -> list[dict]:
         stage = {"kind": "sparse", "activation_checkpointing": recompute}
         cases.append({"name": f"sparse-z{zero}-c{int(recompute)}", "zero": zero, "stage": stage})
     trained = {"kind": "warmup", "backbone": "trained", "backbone_lr": 1e-3}
+    trained["activation_checkpointing"] = True
     cases.append({"name": "warmup-z3", "zero": 3, "stage": {"kind": "warmup"}})
     cases.append({"name": "joint-warmup-z1", "zero": 1, "stage": trained})
     for case in cases:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from dense2sparse.kernels.measures import SelectionMeasures
 from dense2sparse.model import convert
+from dense2sparse.model.attention import LayerReport
 from dense2sparse.recipes.schema import Schedule
 from dense2sparse.train import flops, losses
 from dense2sparse.train.engine import deepspeed_config, parameter_groups
-from dense2sparse.train.loop import Position, StageLoop, TrainingError
+from dense2sparse.train.loop import Position, StageLoop, StepSums, TrainingError
 from dense2sparse.train.metrics import Metrics, read_records
 from dense2sparse.train.schedule import lr_factor
 from dense2sparse.train.stages import num_steps_of
@@ -228,6 +229,29 @@ def scripted(tiny, tmp_path, script, *, steps=20, saves=None, **train) -> Script
     )
     loop.script = script
     return loop
+
+
+class ForgetfulEngine(FakeEngine):
+    """Its backward pass reaches layer 1 only."""
+
+    def __call__(self, call, **inputs):
+        self.call = call
+        call.reports.update({1: LayerReport(), 2: LayerReport()})
+        return torch.ones(()), torch.ones(())
+
+    def backward(self, loss) -> None:
+        self.call.reports[1].kl = torch.ones(())
+
+
+def test_a_layer_whose_kl_was_never_computed_ends_training_in_every_step(tiny, tmp_path):
+    """Trap 1: a KL that nobody computes must not be lost, whether the step is logged or not."""
+    loop = scripted(tiny, tmp_path, [])
+    loop.engine = ForgetfulEngine()
+    for sums in (None, StepSums()):
+        with pytest.raises(
+            TrainingError, match="0-warmup computed no KL for layers 2: no gradient"
+        ):
+            loop._micro_batch(tiny.rows(1, seed=0), 1.0, sums, 0)
 
 
 def test_stage_ends_when_the_worst_layer_passes_the_threshold(tiny, tmp_path):

@@ -110,6 +110,15 @@ def test_triton_kernels_train_as_the_torch_path_does(triton_results, zero_result
     assert len(curve(ours, "train/loss_kl").unique()) == 2
 
 
+def test_kl_is_computed_once_a_layer_micro_batch_and_step(tiny, zero_results):
+    """Under every ZeRO stage, with recomputation and accumulation, backbone frozen or trained."""
+    layers = tiny.LAYERS - 1
+    for name, result in zero_results.items():
+        micro_batches = 2 if name.startswith("gas") else 1
+        steps = max(record["step"] for record in result["records"])
+        assert result["num_kls"] == layers * micro_batches * steps, name
+
+
 @pytest.mark.parametrize("zero", STAGES)
 def test_one_rank_sees_the_same_as_two(zero_results, one_rank_results, zero):
     one, two = one_rank_results[f"sparse-z{zero}"], zero_results[f"sparse-z{zero}-c0"]

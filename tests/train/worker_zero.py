@@ -4,7 +4,7 @@
 
 FOLDER holds `start` (a converted model) and `cases.json`: cases with the keys name, zero, stage,
 and optional precision, uneven, train, heldout, backend. Rank 0 writes `<name>.pt` per case: records of
-metrics.jsonl, masters by name before and after, live weights and buffers.
+metrics.jsonl, masters by name before and after, live weights and buffers, how many KLs were computed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dense2sparse.kernels import ops
 from dense2sparse.model import convert
 from dense2sparse.model.execution import Execution
 from dense2sparse.train import engine as engines
@@ -107,7 +108,15 @@ def run_case(tiny, folder: Path, case: dict, rank: int, world_size: int) -> None
         save=lambda position: None,
         say=lambda text: None,
     )
+    computed, usual = [], ops.index_kl
+
+    def watched(*tensors, **options):
+        computed.append(options)
+        return usual(*tensors, **options)
+
+    ops.index_kl = watched
     ended_by = loop.run(Position())
+    ops.index_kl = usual
     after = {name: value.clone().cpu() for name, value in engines.masters(engine)}
     live = whole_parameters(engine, case["zero"])
     buffers = {n: b.clone() for n, b in engine.module.named_buffers() if b.is_floating_point()}
@@ -120,6 +129,7 @@ def run_case(tiny, folder: Path, case: dict, rank: int, world_size: int) -> None
             "live": live,
             "buffers": buffers,
             "ended_by": ended_by,
+            "num_kls": len(computed),
         }
         torch.save(content, folder / f"{case['name']}.pt")
     engines.stop_engine(engine)
