@@ -53,6 +53,9 @@ class DecodeLaunch:
 
     select: SelectLaunch
     attend: Launch
+    """Keys per step, and steps whose loads are under way together (num_stages - 1)."""
+    piece: int
+    """Keys of a block that one program of the attention walks over; a multiple of `attend.keys`."""
     repeated: int = REPEATED
     """Most programs of the attention that repeat the last top-k, each for itself; where there are more,
     it runs once a row, in a launch of its own."""
@@ -64,17 +67,17 @@ def _attend_piece(
     stride_qb, stride_qh, stride_kb, stride_kg, stride_ks, stride_vb, stride_vg, stride_vs,
     groups, num_keys, scale, top_k,
     REPEATS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
-    KEYS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr,
+    PIECE: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr,
     KEEP: tl.constexpr, SIZE: tl.constexpr, SHARES: tl.constexpr, SHARE: tl.constexpr,
     UNIT: tl.constexpr, FIRST: tl.constexpr,
     DOCUMENTS: tl.constexpr, RAGGED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one group over KEYS keys of one selected block: maximum, sum and weighted values.
+    """The heads of one group over PIECE keys of one selected block: maximum, sum and weighted values.
 
     CHOOSE: `chosen` holds keys of blocks, of which piece 0 takes the best; else (B, G, K) block ids.
     """
     let_next_start(OVERLAP)
-    PARTS: tl.constexpr = BLOCK // KEYS
+    PARTS: tl.constexpr = BLOCK // PIECE
     piece, num_pieces = tl.program_id(0), tl.num_programs(0)
     group, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, end = row_bounds(starts, lengths, batch, num_keys, DOCUMENTS, RAGGED)
@@ -98,24 +101,34 @@ def _attend_piece(
         block = tl.load(chosen + (batch * groups + group) * top_k + piece // PARTS)
     # A slot that no block filled reads nothing and leaves a sum of zero.
     end = tl.where(block >= 0, end, 0)
-    first = start + tl.maximum(block, 0) * BLOCK + piece % PARTS * KEYS
-    here = first + key < end
-    keys += batch * stride_kb + group * stride_kg + first.to(tl.int64) * stride_ks
-    values += batch * stride_vb + group * stride_vg + first.to(tl.int64) * stride_vs
-    loaded = here[:, None] & wide[None, :]
-    # Values are asked for before the keys are needed: one wait for both.
-    k = tl.load(keys + (key[:, None] * stride_ks + channel[None, :]), mask=loaded, other=0.0)
-    v = tl.load(values + (key[:, None] * stride_vs + channel[None, :]), mask=loaded, other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, KEYS], log2 units
-    scores = tl.where(here[None, :], scores, float("-inf"))
-    row_max = tl.max(scores, axis=1)
-    # Without a key the maximum stays -inf, and -inf - -inf is no number.
-    base = tl.where(row_max == float("-inf"), 0.0, row_max)
-    weights = tl.math.exp2(scores - base[:, None])
-    acc = tl.dot(weights.to(v.dtype), v, input_precision="ieee")  # [ROWS, WIDTH_P]
+    first = start + tl.maximum(block, 0) * BLOCK + piece % PARTS * PIECE
+    keys += batch * stride_kb + group * stride_kg
+    values += batch * stride_vb + group * stride_vg
+    tile_k = key[:, None] * stride_ks + channel[None, :]
+    tile_v = key[:, None] * stride_vs + channel[None, :]
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH_P], tl.float32)
+    # In a loop loads become asynchronous copies: all steps ask for theirs before the first needs its own.
+    for step in range(PIECE // KEYS):
+        here = first + step * KEYS + key < end
+        at = (first + step * KEYS).to(tl.int64)
+        loaded = here[:, None] & wide[None, :]
+        k = tl.load(keys + at * stride_ks + tile_k, mask=loaded, other=0.0)
+        v = tl.load(values + at * stride_vs + tile_v, mask=loaded, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, KEYS], log2 units
+        scores = tl.where(here[None, :], scores, float("-inf"))
+        higher = tl.maximum(row_max, tl.max(scores, axis=1))
+        # Without a key the maximum stays -inf, and -inf - -inf is no number.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.math.exp2(scores - base[:, None])
+        before = tl.math.exp2(row_max - base)
+        row_sum = row_sum * before + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * before[:, None], input_precision="ieee")
+        row_max = higher
     entry = ((batch * groups + group) * REPEATS + row) * num_pieces + piece
     tl.store(maxima + entry, row_max, mask=valid)
-    tl.store(sums + entry, tl.sum(weights, axis=1), mask=valid)
+    tl.store(sums + entry, row_sum, mask=valid)
     tl.store(
         partial + entry[:, None] * WIDTH + channel[None, :],
         acc,
@@ -173,13 +186,14 @@ def default_launch(
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
     wide = padded_width(width)
     rows = max(16, triton.next_power_of_2(heads // groups))
-    keys = min(block_size, 64 if wide <= 128 else 32)
+    piece, keys = min(block_size, 64), min(block_size, 32)
     num_warps = 4 if rows * wide <= 8192 else 8
     if dtype == torch.float32:
-        keys, num_warps = 16, 4 if rows * wide <= 4096 else 8
+        piece, keys, num_warps = 16, 16, 4 if rows * wide <= 4096 else 8
     return DecodeLaunch(
         select=default_select_launch(index_width, groups, dtype),
-        attend=Launch(rows=rows, keys=keys, num_warps=num_warps, num_stages=1),
+        attend=Launch(rows=rows, keys=keys, num_warps=num_warps, num_stages=3),
+        piece=piece,
     )
 
 
@@ -221,8 +235,8 @@ def decode(
     groups, num_keys = k.shape[1], k.shape[2]
     launch = launch or default_launch(width, index_q.shape[-1], heads, groups, block_size, q.dtype)
     attend = launch.attend
-    piece_keys = min(attend.keys, block_size)
-    pieces = top_k * (block_size // piece_keys)
+    piece = min(launch.piece, block_size)
+    pieces = top_k * (block_size // piece)
     ranked = rank(
         index_q, index_k, starts, lengths, block_size=block_size, top_k=top_k,
         launch=launch.select, **forced,
@@ -240,7 +254,7 @@ def decode(
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         groups, num_keys, scale * math.log2(math.e), top_k,
         REPEATS=heads // groups, ROWS=attend.rows, WIDTH=width, WIDTH_P=padded_width(width),
-        KEYS=piece_keys, CHOOSE=repeated, **ranked.shape,
+        PIECE=piece, KEYS=min(attend.keys, piece), CHOOSE=repeated, **ranked.shape,
         DOCUMENTS=starts is not None, RAGGED=lengths is not None, OVERLAP=overlap,
         num_warps=attend.num_warps, num_stages=attend.num_stages, launch_pdl=overlap,
     )  # fmt: skip

@@ -276,9 +276,10 @@ def default_launch(width: int, groups: int, dtype: torch.dtype) -> SelectLaunch:
     if dtype == torch.float32:
         keys = 64 if wide <= 128 and groups <= 16 else 32
         return SelectLaunch(programs=256, keys=keys, chunk=1024, num_warps=4, num_stages=2)
-    # 32 KiB a tile: two programs of three stages fit a multiprocessor of an H200 together.
-    keys = 128 if wide <= 128 else 64
-    return SelectLaunch(programs=256, keys=keys, chunk=1024, num_warps=4, num_stages=3)
+    # 16 KiB a tile: two programs, each with three tiles under way, leave a multiprocessor of an H100 room
+    # for programs of the attention, which wait there.
+    keys = 64 if wide <= 128 else 32
+    return SelectLaunch(programs=256, keys=keys, chunk=1024, num_warps=4, num_stages=4)
 
 
 def last_starts(document_ids: Tensor, lengths: Tensor | None) -> Tensor:
