@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dense2sparse.kernels import reference, tiled, triton_decode, triton_decode_select
+from dense2sparse.kernels.triton_decode import DecodeLaunch
 from dense2sparse.kernels.triton_decode_select import SelectLaunch
 from dense2sparse.kernels.triton_support import Launch
 
@@ -17,6 +18,7 @@ SHAPES = settings(
 NAMES = ("q", "k", "v", "index_q", "index_k")
 SMALL = SelectLaunch(programs=6, keys=32, chunk=4, num_warps=4, num_stages=1)
 """Several tiles, splits and top-k levels in short rows."""
+TILES = DecodeLaunch(SMALL, Launch(rows=32, keys=32, num_warps=4, num_stages=1), piece=64)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -81,7 +83,7 @@ def cases(draw):
     )
 
 
-def triton(case, launch=None, select_launch=SMALL):
+def triton(case, launch=TILES):
     """`triton_decode.sparse_decode` with small tiles."""
     options = {name: value for name, value in case.items() if name not in (*NAMES, "document_ids")}
     starts, lengths = starts_of(case), options.pop("lengths", None)
@@ -92,7 +94,6 @@ def triton(case, launch=None, select_launch=SMALL):
         lengths,
         **{**defaults, **options},
         launch=launch,
-        select_launch=select_launch,
     )
 
 
@@ -273,7 +274,7 @@ def test_nothing_asks_the_device_for_a_value(monkeypatch):
         monkeypatch.setattr(module, name, Grid())
     # A tensor without memory has no value to give: .item(), .tolist() and a branch on it raise.
     assert triton_decode.sparse_decode(**moved).shape == case["q"].shape
-    assert len(grids) == 5
+    assert len(grids) == 4
 
 
 def test_pieces_of_blocks_never_change_the_result():
@@ -282,7 +283,7 @@ def test_pieces_of_blocks_never_change_the_result():
     for keys in (16, 128):
         launch = Launch(rows=16, keys=keys, num_warps=4, num_stages=1)
         small = SelectLaunch(programs=2, keys=keys, chunk=4, num_warps=4, num_stages=1)
-        out = triton(case, launch, small)
+        out = triton(case, DecodeLaunch(small, launch, piece=128))
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
 
 
@@ -297,7 +298,7 @@ def test_default_launches_equal_the_definition(width, repeats):
         block_size=128,
         top_k=2,
     )
-    out = triton(case, select_launch=None)
+    out = triton(case, None)
     torch.testing.assert_close(out.double(), define(case), rtol=0, atol=2e-6)
 
 
