@@ -55,16 +55,15 @@ def index_kl(
     block_ids: Tensor | None = None,
     block_size: int | None = None,
     document_ids: DocumentIds = None,
-    deterministic: bool = False,
     fraction: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
     """See reference.index_kl; a float32 scalar, differentiable in index_q and index_k only.
 
+    Two calls give the same bits.
+
     Args:
         lse: (B, H, T), over the same support as `block_ids`.
-        deterministic: two calls give the same bits, for a second pass over the teacher where there are
-            block ids; full rows always do.
         fraction, seed: full rows only, see full_kl.
     """
     q, k, lse, starts = q.detach(), k.detach(), lse.detach(), key_starts(document_ids)
@@ -80,7 +79,6 @@ def index_kl(
         if block_ids is None:
             return full_kl(*inputs, starts, fraction=fraction, seed=seed, **options)
         assert block_size is not None
-        options["deterministic"] = deterministic
         return sparse_kl(*inputs, block_ids, starts, block_size=block_size, **options)
 
     need_grad = torch.is_grad_enabled() and (index_q.requires_grad or index_k.requires_grad)

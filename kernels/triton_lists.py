@@ -58,6 +58,8 @@ class QueryLists:
     """Queries of a chunk, at most."""
     programs: int
     """Enough for one chunk each, unless documents are shorter than a block on average."""
+    edges: Tensor | None = None
+    """(P, T * K) int32, `queries` as places t * K + i in a plane of the ids, where they were asked for."""
 
     @property
     def num_slots(self) -> int:
@@ -104,6 +106,7 @@ def query_lists(
     block_size: int,
     query_offset: int = 0,
     chunk: int | None = None,
+    keep_edges: bool = False,
 ) -> QueryLists:
     """Turn "which blocks does a query read" into "which queries read a block".
 
@@ -112,13 +115,14 @@ def query_lists(
             block.
         starts: (B, S) int32, first position of each key's document, or None.
         chunk: queries of a chunk; default_chunk by default.
+        keep_edges: also say which of a query's ids an entry comes from.
     """
     batch, groups, num_queries, top_k = block_ids.shape
     planes, edges = batch * groups, num_queries * top_k
     num_blocks = triton.cdiv(num_keys, block_size)
     num_slots = num_blocks if starts is None else num_keys
     chunk = chunk or default_chunk(num_queries, top_k)
-    queries, offsets = _sort(block_ids, starts, num_slots, block_size, query_offset)
+    edge_numbers, offsets = _sort(block_ids, starts, num_slots, block_size, query_offset)
     chunks = (offsets.diff(dim=1).flatten() + (chunk - 1)) // chunk
     ends = chunks.cumsum(0)
     # Every list ends with at most one chunk that is not full.
@@ -130,7 +134,7 @@ def query_lists(
     partial_ends = torch.where(several, chunks, 0).cumsum(0)
     device = block_ids.device
     return QueryLists(
-        queries=queries,
+        queries=edge_numbers // top_k,
         offsets=offsets,
         owners=torch.searchsorted(
             ends, torch.arange(bound, device=device), right=True, out_int32=True
@@ -146,17 +150,18 @@ def query_lists(
         slot_keys=block_size if starts is None else 1,
         chunk=chunk,
         programs=min(bound, planes * num_blocks * (1 if starts is None else 2) + full),
+        edges=edge_numbers if keep_edges else None,
     )
 
 
 def _sort(
     block_ids: Tensor, starts: Tensor | None, num_slots: int, block_size: int, query_offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Queries (P, T * K) int32 ordered by slot and query, and where each slot begins (P, C + 1) int32."""
+    """Edges t * K + i (P, T * K) int32 ordered by slot and query, where each slot begins (P, C + 1) int32."""
     batch, groups, num_queries, top_k = block_ids.shape
     planes, edges = batch * groups, num_queries * top_k
     device = block_ids.device
-    queries = torch.empty(planes, edges, dtype=torch.int32, device=device)
+    numbers = torch.empty(planes, edges, dtype=torch.int32, device=device)
     offsets = torch.empty(planes, num_slots + 1, dtype=torch.int32, device=device)
     ids = block_ids.reshape(planes, num_queries, top_k)
     step = max(1, EDGES_AT_ONCE // max(1, edges))
@@ -176,9 +181,9 @@ def _sort(
         found = keys.to(narrow).flatten().sort(stable=True)
         # Each plane has T * K edges, padding included, so the sorted planes are rows of one matrix.
         edge = found.indices.view(size, edges)
-        queries[part] = edge // top_k - plane // (num_slots + 1) * num_queries
+        numbers[part] = edge - torch.arange(size, device=device)[:, None] * edges
         bounds = plane + torch.arange(num_slots + 1, device=device, dtype=torch.int32)
         offsets[part] = torch.searchsorted(
             found.values.view(size, edges), bounds.to(narrow), out_int32=True
         )
-    return queries, offsets
+    return numbers, offsets

@@ -215,7 +215,6 @@ def index_kl(
         block_ids=block_ids,
         block_size=block_size,
         document_ids=document_ids,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
     )
 
