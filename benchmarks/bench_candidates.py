@@ -84,10 +84,19 @@ def backward_launches(deterministic: bool, inputs: Inputs) -> list[Any]:
 def full_kl_launches(inputs: Inputs) -> list[Any]:
     shape = inputs.shape
     usual = triton_kl.default_launch(shape.width, shape.index_width, inputs.q.dtype)
+    likely = [
+        usual,
+        replace(usual, difference=Launch(64, 128, 4, 2)),
+        replace(usual, difference=Launch(64, 128, 4, 2, 3)),
+        replace(usual, difference=Launch(64, 64, 4, 3, 3)),
+        replace(usual, key=Launch(64, 128, 8, 3)),
+    ]
     return [
+        *likely,
         *(replace(usual, difference=one) for one in _grid((64, 128), (64, 128))),
         *(replace(usual, student=one) for one in _grid((64, 128), (64, 128))),
-        *(replace(usual, gradient=one) for one in _grid((32, 64, 128), (32, 64, 128))),
+        *(replace(usual, query=one) for one in _grid((64, 128), (32, 64, 128))),
+        *(replace(usual, key=one) for one in _grid((32, 64, 128), (32, 64, 128))),
     ]
 
 

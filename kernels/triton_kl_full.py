@@ -1,13 +1,13 @@
 """KL over full rows (warm-up): value and both gradients, some tiles of query tokens at a time.
 
     _student         index scores only: the student's log-sum-exp
-    _difference      per tile of tokens and keys: teacher, KL, and ds = p - t into a scratch of bounded size
-    _query_gradient  dq_idx = ds k_idx, from the scratch
+    _difference      a tile of tokens over a piece of keys: teacher, KL, ds = p - t into a scratch of bounded
+                     size, and dq_idx = ds k_idx of the piece
     _key_gradient    dk_idx += ds^T q_idx, from the scratch, summed over groups
 
-ds through a scratch, and not both products where ds is made: there the two accumulators leave registers for
-steps of 32 keys only, which read the heads' queries from the cache too often, and dk_idx needs atomics.
-There are no atomics here: two runs give the same bits.
+One program of `_difference` is four warps, so that two share a multiprocessor: where one waits for its
+exponentials, the other has the tensor cores. dk_idx through a scratch: both accumulators do not fit the
+registers, and without atomics two runs give the same bits.
 
 Called by triton_kl.py. Shapes: B batch, H query heads, G groups (= index heads), R = H / G, T = S tokens, L
 tiles of query tokens, M of them taken. Equations: triton_kl_tile.py.
@@ -15,6 +15,7 @@ tiles of query tokens, M of them taken. Equations: triton_kl_tile.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,20 +24,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_kl_tile import (
-    divergence_and_difference,
-    load_keys,
-    load_rows,
-    student_lse,
-    student_step,
-    teacher_tile,
-)
+from .triton_kl_tile import LEAST, fast_log2, load_keys, load_rows, teacher_tile
 from .triton_support import Launch, float32_launch, interpreting, padded_width
 
 SCRATCH_BYTES = 512 << 20
 """Size that the scratch aims at; one tile of all groups is the least."""
 PIECE_TOKENS = 4096
 """Keys that one program of dq_idx sums over."""
+PROGRAMS = 512
+"""Of `_key_gradient`, if there are few keys: then groups are summed by several programs."""
+LOWEST = tl.constexpr(-1.0e30)
+"""Stands for log 0: exp2 of it is 0, and 0 times it is 0."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,14 @@ class FullLaunch:
     """How the kernels of full rows are cut; the numbers never change a result beyond rounding."""
 
     tile: int
-    """Query tokens that are sampled and kept in the scratch together; a multiple of each `rows`."""
+    """Query tokens that are sampled together; a multiple of each `rows`."""
     student: Launch
     difference: Launch
-    gradient: Launch
-    """`keys` divide those of `difference`: what one tile leaves unwritten, no other reads."""
+    query: Launch
+    key: Launch
+    """Those of the gradients have `keys` that divide those of `difference`: what it leaves unwritten, they
+    do not read.
+    """
 
 
 @triton.jit
@@ -79,18 +80,35 @@ def _support(
 
 
 @triton.jit
+def _all_past(
+    starts, batch, first_query, num_tokens, ROWS: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """Bounds of the keys that every one of ROWS queries sees: none if some of the rows do not exist."""
+    begin, end = 0, first_query + 1
+    if first_query + ROWS > num_tokens:
+        end = 0
+    if DOCUMENTS:
+        # Starts ascend.
+        last = tl.minimum(first_query + (ROWS - 1), num_tokens - 1)
+        begin = tl.load(starts + batch * num_tokens + last)
+    return begin, end
+
+
+@triton.jit(do_not_specialize=["groups", "num_tokens"])
 def _student(
     index_queries, index_keys, index_lse, starts, tiles,
     stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik, stride_tiles,
     groups, num_tokens, scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    INDEX: tl.constexpr, INDEX_P: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
+    PARTS: tl.constexpr = TILE // ROWS
     # The last tiles meet the most keys: they go first.
-    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64)
     batch, group = plane // groups, plane % groups
-    first_query = tl.load(tiles + batch * stride_tiles + place) * ROWS
+    first_query = tl.load(tiles + batch * stride_tiles + part // PARTS) * TILE
+    first_query += (part % PARTS) * ROWS
     slot = tl.arange(0, ROWS)
     # Rows past the end are read as the last row, and never stored.
     row = tl.minimum(slot, num_tokens - 1 - first_query)
@@ -98,19 +116,27 @@ def _student(
     index_queries += batch * stride_iqb + group * stride_iqg + first_query.to(tl.int64) * stride_iqt
     index_q = load_rows(index_queries, row, stride_iqt, INDEX, INDEX_P)
     index_keys += batch * stride_ikb
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_max = tl.full([ROWS], LOWEST, tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     begin, end = _tile_bounds(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
+    past_begin, past_end = _all_past(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
     for step in range(begin // KEYS, tl.cdiv(end, KEYS)):
         first = step * KEYS
         index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
-        support = _support(starts, batch, first_query, first, num_tokens, ROWS, KEYS, DOCUMENTS)
-        row_max, row_sum = student_step(row_max, row_sum, index_q, index_k, support, scale)
+        scores = tl.dot(index_q, tl.trans(index_k), input_precision="ieee")
+        if (first < past_begin) | (first + KEYS > past_end):
+            support = _support(starts, batch, first_query, first, num_tokens, ROWS, KEYS, DOCUMENTS)
+            scores = tl.where(support, scores, float("-inf"))
+        # The scale is not negative.
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
+        row_sum *= tl.math.exp2(row_max - new_max)
+        row_sum += tl.sum(tl.math.exp2(scores * scale - new_max[:, None]), axis=1)
+        row_max = new_max
     to = index_lse + plane * num_tokens + first_query + slot
-    tl.store(to, student_lse(row_max, row_sum), mask=valid)
+    tl.store(to, row_max + tl.math.log2(tl.maximum(row_sum, LEAST)), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_place", "groups", "num_tokens", "repeats"])
 def _difference(
     queries, keys, lse, index_queries, index_keys, index_lse, starts, tiles, divergences, scratch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,
@@ -122,14 +148,13 @@ def _difference(
 ):  # fmt: skip
     """KL of ROWS tokens over KEYS keys, and p - t: (B * G, chunk's tokens, S) in the inputs' dtype."""
     PARTS: tl.constexpr = TILE // ROWS
-    # Neighbouring programs share the heads' queries.
-    first = tl.program_id(0) * KEYS
+    # Neighbouring programs share the keys, and those that run together the heads' queries.
+    part, first = tl.program_id(0), tl.program_id(1) * KEYS
     plane = tl.program_id(2).to(tl.int64)
     batch, group = plane // groups, plane % groups
-    place = tl.program_id(1) // PARTS
-    first_query = tl.load(tiles + batch * stride_tiles + first_place + place) * TILE
+    first_query = tl.load(tiles + batch * stride_tiles + first_place + part // PARTS) * TILE
     begin, end = _tile_bounds(starts, batch, first_query, num_tokens, TILE, DOCUMENTS)
-    first_query += (tl.program_id(1) % PARTS) * ROWS
+    first_query += (part % PARTS) * ROWS
     total = 0.0
     # The readers of the scratch leave out the same tiles.
     if (first < end) & (first + KEYS > begin):
@@ -144,42 +169,53 @@ def _difference(
             lse + batch * groups * repeats * num_tokens + base,
             row, group * repeats, repeats, stride_qh, stride_qt, num_tokens, scale, WIDTH, WIDTH_P,
         )  # fmt: skip
+        # Bounds of their own: the same ones would be kept in registers over the loop of heads.
+        row = tl.minimum(slot, tl.minimum(num_tokens - first_query, ROWS) - 1)
         index_queries += batch * stride_iqb + group * stride_iqg + base * stride_iqt
         index_q = load_rows(index_queries, row, stride_iqt, INDEX, INDEX_P)
         index_keys += batch * stride_ikb
-        index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
+        bound = tl.minimum(num_tokens, first + KEYS)
+        index_k = load_keys(index_keys, first, stride_ik, bound, KEYS, INDEX, INDEX_P)
         log_student = tl.dot(index_q, tl.trans(index_k), input_precision="ieee") * index_scale
         log_student -= tl.load(index_lse + plane * num_tokens + base + row)[:, None]
-        support = _support(starts, batch, first_query, first, num_tokens, ROWS, KEYS, DOCUMENTS)
-        divergence, difference = divergence_and_difference(teacher, log_student, support)
-        total = tl.sum(divergence)
+        past_begin, past_end = _all_past(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
+        if (first < past_begin) | (first + KEYS > past_end):
+            support = _support(starts, batch, first_query, first, num_tokens, ROWS, KEYS, DOCUMENTS)
+            # Outside the support the teacher may be infinite.
+            teacher = tl.where(support, teacher, 0.0)
+            log_student = tl.where(support, log_student, LOWEST)
+        # t log t is 0 at t = 0.
+        log_teacher = fast_log2(tl.maximum(teacher, LEAST))
+        total = tl.sum(teacher * (log_teacher - log_student))
         if GRAD:
-            to = scratch + plane * stride_sp + (tl.program_id(1) * ROWS).to(tl.int64) * stride_st
+            difference = tl.math.exp2(log_student) - teacher
+            to = scratch + plane * stride_sp + (part * ROWS).to(tl.int64) * stride_st
             to += slot[:, None] * stride_st + (first + tl.arange(0, KEYS))[None, :]
             tl.store(to, difference.to(scratch.dtype.element_ty))
-    programs = tl.num_programs(0)
-    at = (plane * tl.num_programs(1) + tl.program_id(1)) * programs + tl.program_id(0)
+    at = (plane * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + part
     tl.store(divergences + at, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_place", "groups", "num_tokens"])
 def _query_gradient(
     scratch, index_keys, starts, tiles, partial,
     stride_ikb, stride_ik, stride_tiles, stride_sp, stride_st,
     first_place, groups, num_tokens,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr,
     INDEX: tl.constexpr, INDEX_P: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """ds k_idx over PIECE keys: (pieces, B * G, chunk's tokens, INDEX) float32; zero if none is seen."""
-    piece, place = tl.program_id(0), tl.program_id(1)
+    PARTS: tl.constexpr = TILE // ROWS
+    part, piece = tl.program_id(0), tl.program_id(1)
     plane = tl.program_id(2).to(tl.int64)
     batch = plane // groups
-    first_query = tl.load(tiles + batch * stride_tiles + first_place + place) * ROWS
-    begin, end = _tile_bounds(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
+    first_query = tl.load(tiles + batch * stride_tiles + first_place + part // PARTS) * TILE
+    # What the whole tile sees is written, with zeros where this part sees less.
+    begin, end = _tile_bounds(starts, batch, first_query, num_tokens, TILE, DOCUMENTS)
     begin = tl.maximum(begin, piece * PIECE) // KEYS
     end = tl.cdiv(tl.minimum(end, piece * PIECE + PIECE), KEYS)
     slot = tl.arange(0, ROWS)
-    scratch += plane * stride_sp + (place * ROWS).to(tl.int64) * stride_st
+    scratch += plane * stride_sp + (part * ROWS).to(tl.int64) * stride_st
     index_keys += batch * stride_ikb
     acc = tl.zeros([ROWS, INDEX_P], tl.float32)
     for step in range(begin, end):
@@ -189,34 +225,38 @@ def _query_gradient(
         index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
         acc = tl.dot(difference, index_k, acc, input_precision="ieee")
     channel = tl.arange(0, INDEX_P)
-    at = (piece * tl.num_programs(2) + plane) * tl.num_programs(1) + place
+    at = (piece * tl.num_programs(2) + plane) * tl.num_programs(0) + part
     to = partial + at * (ROWS * INDEX) + (slot[:, None] * INDEX + channel[None, :])
     tl.store(to, acc, mask=(channel < INDEX)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_place", "last_place", "groups", "num_tokens", "share"])
 def _key_gradient(
     scratch, index_queries, tiles, begins, ends, grad_k,
-    stride_iqb, stride_iqg, stride_iqt, stride_tiles, stride_bounds, stride_sp, stride_st, stride_gb,
-    first_place, last_place, groups, num_tokens,
+    stride_iqb, stride_iqg, stride_iqt, stride_tiles, stride_bounds, stride_sp, stride_st,
+    stride_gs, stride_gb,
+    first_place, last_place, groups, num_tokens, share,
     TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     INDEX: tl.constexpr, INDEX_P: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds^T q_idx of the places first_place .. last_place - 1 to KEYS rows of grad_k, float32."""
+    """Adds ds^T q_idx of the places first_place .. last_place - 1 and of `share` groups to KEYS rows of
+    grad_k: (groups / share, B, S, INDEX) float32.
+    """
     PARTS: tl.constexpr = TILE // ROWS
     key_tile = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
     bounds = batch * stride_bounds + key_tile
     begin = tl.maximum(tl.load(begins + bounds), first_place)
     end = tl.minimum(tl.load(ends + bounds), last_place)
     position = key_tile * KEYS + tl.arange(0, KEYS)
     slot = tl.arange(0, ROWS)
     channel = tl.arange(0, INDEX_P)
-    to = grad_k + batch * stride_gb + (key_tile * KEYS).to(tl.int64) * INDEX
+    to = grad_k + split * stride_gs + batch * stride_gb + (key_tile * KEYS).to(tl.int64) * INDEX
     to += tl.arange(0, KEYS)[:, None] * INDEX + channel[None, :]
     mask = (position < num_tokens)[:, None] & (channel < INDEX)[None, :]
     acc = tl.load(to, mask=mask, other=0.0)
-    for group in range(groups):
+    for group in range(split * share, split * share + share):
         plane = batch * groups + group
         for step in range(begin * PARTS, end * PARTS):
             place = step // PARTS
@@ -237,22 +277,23 @@ def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaun
     """Tile sizes that compile without spills (benchmarks/codegen.py)."""
     if dtype == torch.float32 and interpreting():
         large = replace(float32_launch(), rows=32)
-        return FullLaunch(tile=large.rows, student=large, difference=large, gradient=large)
+        return FullLaunch(tile=32, student=large, difference=large, query=large, key=large)
     if dtype == torch.float32:
-        small = Launch(rows=32, keys=16, num_warps=4, num_stages=1)
+        small = Launch(rows=16, keys=16, num_warps=8, num_stages=1)
         return FullLaunch(
             tile=32,
-            student=small,
+            student=Launch(rows=32, keys=16, num_warps=4, num_stages=1),
             difference=Launch(rows=32, keys=32, num_warps=4, num_stages=1),
-            gradient=Launch(rows=16, keys=16, num_warps=8, num_stages=1),
+            query=small,
+            key=small,
         )
-    # Of queries and keys of one head, `keys` decides how much is read for a product.
-    stages = 2 if padded_width(width) <= 128 else 1
+    # Of the queries of one head and the keys, `keys` decides how much is read for a product.
     return FullLaunch(
         tile=128,
-        student=Launch(rows=128, keys=64, num_warps=8, num_stages=2),
-        difference=Launch(rows=64, keys=128, num_warps=8, num_stages=stages),
-        gradient=Launch(rows=64, keys=64, num_warps=8, num_stages=2),
+        student=Launch(rows=64, keys=64, num_warps=4, num_stages=2),
+        difference=Launch(rows=64, keys=128, num_warps=4, num_stages=2),
+        query=Launch(rows=64, keys=64, num_warps=4, num_stages=3),
+        key=Launch(rows=64, keys=64, num_warps=4, num_stages=3),
     )
 
 
@@ -277,108 +318,136 @@ class FullRows:
         launch, num_taken = self.launch, self.tiles.shape[1]
         new: dict[str, Any] = {"dtype": torch.float32, "device": self.q.device}
         index_lse = self._student_lse(index_scale)
-        # Rows of the scratch hold whole key tiles of every kernel, so that none needs a mask.
-        step = max(launch.difference.keys, launch.gradient.keys)
-        padded = triton.cdiv(num_tokens, step) * step
-        tile_bytes = batch * groups * launch.tile * padded * self.q.element_size()
-        places = min(num_taken, max(1, SCRATCH_BYTES // tile_bytes))
-        scratch = self.q.new_empty(
-            (batch * groups, places * launch.tile, padded) if need_grad else (1, 1, 1)
-        )
+        chunks = list(self._chunks())
+        rows = batch * groups * launch.tile
+        largest = max(rows * (last - first) * wide for first, last, wide in chunks)
+        buffer = self.q.new_empty(largest if need_grad else 1)
         total = torch.zeros((), dtype=torch.float64, device=self.q.device)
         grad_q = grad_k = bounds = None
         if need_grad:
             grad_q = torch.empty(batch, groups, num_taken, launch.tile * index_width, **new)
-            grad_k = torch.zeros(batch, 1, num_tokens, index_width, **new)
+            splits = self._splits()
+            grad_k = torch.zeros(splits, batch, 1, num_tokens, index_width, **new)
             bounds = query_bounds(
-                self.tiles, self.starts, num_tokens, launch.tile, launch.gradient.keys
+                self.tiles, self.starts, num_tokens, launch.tile, launch.key.keys
             )
-        num_tiles = triton.cdiv(num_tokens, launch.tile)
-        for first in range(0, num_taken, places):
-            last = min(first + places, num_taken)
-            # Tiles ascend, so place i holds at most tile num_tiles - num_taken + i.
-            end = min(num_tokens, (num_tiles - num_taken + last) * launch.tile)
+        for first, last, wide in chunks:
+            scratch = buffer
+            if need_grad:
+                scratch = buffer[: rows * (last - first) * wide].view(batch * groups, -1, wide)
             total += self._differences(
-                first, last, end, index_lse, scratch, scale, index_scale, need_grad
+                first, last, wide, index_lse, scratch, scale, index_scale, need_grad
             )
             if grad_q is not None and grad_k is not None and bounds is not None:
-                grad_q[:, :, first:last] = self._query_gradients(first, last, end, scratch)
-                self._key_gradients(first, last, end, scratch, grad_k, *bounds)
-        return total, grad_q, grad_k
+                partial = self._query_gradients(first, last, wide, scratch)
+                torch.sum(partial, dim=0, out=grad_q[:, :, first:last])
+                self._key_gradients(first, last, wide, scratch, grad_k, *bounds)
+        return total, grad_q, None if grad_k is None else grad_k.sum(dim=0)
+
+    def _chunks(self) -> Iterator[tuple[int, int, int]]:
+        """First place, past the last, and the keys that they see, in whole steps of every kernel."""
+        batch, groups, num_tokens, _ = self.index_q.shape
+        launch, num_taken = self.launch, self.tiles.shape[1]
+        num_tiles = triton.cdiv(num_tokens, launch.tile)
+        step = max(launch.difference.keys, launch.query.keys, launch.key.keys)
+
+        def wide(last: int) -> int:
+            # Tiles ascend, so place i holds at most tile num_tiles - num_taken + i.
+            end = min(num_tokens, (num_tiles - num_taken + last) * launch.tile)
+            return triton.cdiv(end, step) * step
+
+        first, row_bytes = 0, batch * groups * launch.tile * self.q.element_size()
+        for last in range(1, num_taken + 1):
+            if (last == num_taken) or (
+                (last + 1 - first) * row_bytes * wide(last + 1) > SCRATCH_BYTES
+            ):
+                yield first, last, wide(last)
+                first = last
+
+    def _splits(self) -> int:
+        """Programs that share the groups of one tile of keys: as many as a divisor of the groups allows."""
+        batch, groups, num_tokens, _ = self.index_q.shape
+        programs = batch * triton.cdiv(num_tokens, self.launch.key.keys)
+        fitting = (n for n in range(1, groups + 1) if groups % n == 0 and n * programs <= PROGRAMS)
+        return max(fitting, default=1)
 
     def _student_lse(self, index_scale: float) -> Tensor:
         """(B, G, T) float32 in log2 units; tiles that are not taken are not set."""
-        launch = self.launch.student
+        launch, tile = self.launch.student, self.launch.tile
         batch, groups, num_tokens, index_width = self.index_q.shape
         index_lse = torch.empty(
             batch, groups, num_tokens, dtype=torch.float32, device=self.q.device
         )
-        _student[(self.tiles.shape[1], batch * groups)](
+        _student[(self.tiles.shape[1] * (tile // launch.rows), batch * groups)](
             self.index_q, self.index_k, index_lse, self.starts, self.tiles,
             *self.index_q.stride()[:3], self.index_k.stride(0), self.index_k.stride(2),
             self.tiles.stride(0), groups, num_tokens, index_scale,
-            ROWS=self.launch.tile, KEYS=launch.keys, INDEX=index_width, INDEX_P=padded_width(index_width),
-            DOCUMENTS=self.starts is not None,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            TILE=tile, ROWS=launch.rows, KEYS=launch.keys,
+            INDEX=index_width, INDEX_P=padded_width(index_width), DOCUMENTS=self.starts is not None,
+            **launch.options,
         )  # fmt: skip
         return index_lse
 
     def _differences(
-        self, first: int, last: int, end: int, index_lse: Tensor, scratch: Tensor,
+        self, first: int, last: int, wide: int, index_lse: Tensor, scratch: Tensor,
         scale: float, index_scale: float, need_grad: bool,
     ) -> Tensor:  # fmt: skip
-        launch = self.launch.difference
+        launch, tile = self.launch.difference, self.launch.tile
         batch, groups, num_tokens, index_width = self.index_q.shape
         heads, width = self.q.shape[1], self.q.shape[3]
-        parts = self.launch.tile // launch.rows
-        grid = (triton.cdiv(end, launch.keys), (last - first) * parts, batch * groups)
+        grid = ((last - first) * (tile // launch.rows), triton.cdiv(wide, launch.keys), batch * groups)
         divergences = torch.empty(grid, dtype=torch.float32, device=self.q.device)
+        strides = scratch.stride()[:2] if need_grad else (0, 0)
         _difference[grid](
             self.q, self.k, self.lse, self.index_q, self.index_k, index_lse, self.starts, self.tiles,
             divergences, scratch,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.index_q.stride()[:3],
-            self.index_k.stride(0), self.index_k.stride(2), self.tiles.stride(0), *scratch.stride()[:2],
+            self.index_k.stride(0), self.index_k.stride(2), self.tiles.stride(0), *strides,
             first, groups, num_tokens, heads // groups, scale, index_scale,
-            TILE=self.launch.tile, ROWS=launch.rows, KEYS=launch.keys,
+            TILE=tile, ROWS=launch.rows, KEYS=launch.keys,
             WIDTH=width, WIDTH_P=padded_width(width), INDEX=index_width, INDEX_P=padded_width(index_width),
-            GRAD=need_grad, DOCUMENTS=self.starts is not None,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            GRAD=need_grad, DOCUMENTS=self.starts is not None, **launch.options,
         )  # fmt: skip
         return divergences.sum(dtype=torch.float64)
 
-    def _query_gradients(self, first: int, last: int, end: int, scratch: Tensor) -> Tensor:
-        """(B, G, last - first, tile * D_idx) float32, not scaled."""
-        launch = self.launch.gradient
+    def _query_gradients(self, first: int, last: int, wide: int, scratch: Tensor) -> Tensor:
+        """Of each piece of keys: (pieces, B, G, last - first, tile * D_idx) float32, not scaled."""
+        launch, tile = self.launch.query, self.launch.tile
         batch, groups, num_tokens, index_width = self.index_q.shape
-        tile = self.launch.tile
-        grid = (triton.cdiv(end, PIECE_TOKENS), last - first, batch * groups)
+        grid = (
+            (last - first) * (tile // launch.rows),
+            triton.cdiv(wide, PIECE_TOKENS),
+            batch * groups,
+        )
         partial = torch.empty(
-            grid[0], batch, groups, last - first, tile * index_width,
+            grid[1], batch, groups, last - first, tile * index_width,
             dtype=torch.float32, device=self.q.device,
         )  # fmt: skip
         _query_gradient[grid](
             scratch, self.index_k, self.starts, self.tiles, partial,
             self.index_k.stride(0), self.index_k.stride(2), self.tiles.stride(0), *scratch.stride()[:2],
             first, groups, num_tokens,
-            ROWS=tile, KEYS=launch.keys, PIECE=PIECE_TOKENS,
+            TILE=tile, ROWS=launch.rows, KEYS=launch.keys, PIECE=PIECE_TOKENS,
             INDEX=index_width, INDEX_P=padded_width(index_width), DOCUMENTS=self.starts is not None,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **launch.options,
         )  # fmt: skip
-        return partial.sum(dim=0)
+        return partial
 
     def _key_gradients(
-        self, first: int, last: int, end: int, scratch: Tensor,
+        self, first: int, last: int, wide: int, scratch: Tensor,
         grad_k: Tensor, begins: Tensor, ends: Tensor,
     ) -> None:  # fmt: skip
-        launch = self.launch.gradient
+        launch, splits = self.launch.key, grad_k.shape[0]
         batch, groups, num_tokens, index_width = self.index_q.shape
-        _key_gradient[(triton.cdiv(end, launch.keys), batch)](
+        # The scratch may be a step wider than the keys, of which `begins` knows no more.
+        grid = (triton.cdiv(min(wide, num_tokens), launch.keys), batch, splits)
+        _key_gradient[grid](
             scratch, self.index_q, self.tiles, begins, ends, grad_k,
             *self.index_q.stride()[:3], self.tiles.stride(0), begins.stride(0), *scratch.stride()[:2],
-            grad_k.stride(0), first, last, groups, num_tokens,
+            *grad_k.stride()[:2], first, last, groups, num_tokens, groups // splits,
             TILE=self.launch.tile, ROWS=launch.rows, KEYS=launch.keys,
             INDEX=index_width, INDEX_P=padded_width(index_width),
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **launch.options,
         )  # fmt: skip
 
 
