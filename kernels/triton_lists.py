@@ -28,6 +28,8 @@ SHORTEST_CHUNK = 2048
 """Queries of a chunk: about the mean list of 16 blocks of 128 tokens."""
 LONGEST_TABLE = 1024
 """Chunks of full length a plane: longer rows get longer chunks, so that partial results stay small."""
+READ_BEYOND = 256
+"""Entries behind the last list that may be read as queries, for tiles that no list fills."""
 EDGES_AT_ONCE = 1 << 25
 """Edges per sort: it needs 28 bytes for each, int64 indices and both its buffers."""
 
@@ -37,7 +39,7 @@ class QueryLists:
     """Lists of all blocks of one selection, and their chunks."""
 
     queries: Tensor
-    """(P, T * K) int32, the lists of a plane one after another."""
+    """(P, T * K) int32, the lists of a plane one after another; READ_BEYOND more may be read."""
     offsets: Tensor
     """(P, C + 1) int32, slot c's list is queries[p, offsets[p, c] : offsets[p, c + 1]]."""
     owners: Tensor
@@ -156,7 +158,10 @@ def _sort(
     batch, groups, num_queries, top_k = block_ids.shape
     planes, edges = batch * groups, num_queries * top_k
     device = block_ids.device
-    queries = torch.empty(planes, edges, dtype=torch.int32, device=device)
+    # Steps read whole tiles: what they take from behind the last list has to be a query too.
+    queries = torch.empty(planes * edges + READ_BEYOND, dtype=torch.int32, device=device)
+    queries[planes * edges :] = 0
+    queries = queries[: planes * edges].view(planes, edges)
     offsets = torch.empty(planes, num_slots + 1, dtype=torch.int32, device=device)
     ids = block_ids.reshape(planes, num_queries, top_k)
     step = max(1, EDGES_AT_ONCE // max(1, edges))
