@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .triton_attend import tile_tokens
 from .triton_attend_dkv import key_value_gradients
-from .triton_attend_dq import query_gradients, row_delta
+from .triton_attend_dq import query_gradients, row_stats
 from .triton_lists import query_lists
 from .triton_support import Launch, float32_launch, padded_width, target_arch
 from .triton_unions import Unions, tile_unions
@@ -103,18 +103,20 @@ def attend_backward(
     lse = lse.contiguous()
     repeats = q.shape[1] // k.shape[1]
     launch = launch or default_launch(q.shape[-1], repeats, block_size, q.dtype, deterministic)
-    delta = row_delta(out, grad_out)
+    stats = row_stats(out, grad_out, lse)
     lists = query_lists(
         block_ids, starts, num_keys=k.shape[2], block_size=block_size, query_offset=query_offset,
         chunk=launch.chunk,
     )  # fmt: skip
     sums = None if deterministic else torch.zeros_like(q, dtype=torch.float32)
     grad_k, grad_v = key_value_gradients(
-        q, k, v, grad_out, lse, delta, lists, starts, block_size=block_size, scale=scale,
+        q, k, v, grad_out, stats, lists, starts, block_size=block_size, scale=scale,
         query_offset=query_offset, launch=launch.by_key, grad_q=sums,
     )  # fmt: skip
     if sums is not None:
-        return sums.to(q.dtype), grad_k, grad_v
+        # One pass over dq both scales and rounds.
+        grad_q = torch.empty_like(q)
+        return torch.mul(sums, scale, out=grad_q), grad_k, grad_v
     tokens = tile_tokens(launch.by_query, repeats)
     if unions is None or unions.tokens != tokens:
         unions = tile_unions(
@@ -122,7 +124,7 @@ def attend_backward(
             query_offset=query_offset,
         )  # fmt: skip
     grad_q = query_gradients(
-        q, k, v, grad_out, lse, delta, unions, block_size=block_size, scale=scale,
+        q, k, v, grad_out, stats, unions, block_size=block_size, scale=scale,
         query_offset=query_offset, launch=launch.by_query,
     )  # fmt: skip
     return grad_q, grad_k, grad_v

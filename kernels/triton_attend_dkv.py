@@ -47,54 +47,89 @@ def _rows(start, offset, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr):
 
 
 @triton.jit
+def _spread(x, HEADS: tl.constexpr):
+    """[TOKENS * HEADS] from [TOKENS]: each entry once a head."""
+    if HEADS == 1:
+        return x
+    else:
+        return tl.reshape(tl.broadcast_to(x[:, None], [x.shape[0], HEADS]), [x.shape[0] * HEADS])
+
+
+@triton.jit
+def _stats(stats, base, query, heads: tl.constexpr, HEADS: tl.constexpr):
+    """lse (log2 units) and delta of a step's rows, [ROWS] each, by loads of 8 bytes a row."""
+    head = tl.arange(0, query.shape[0] * HEADS) % HEADS
+    at = base + _spread(query, HEADS).to(tl.int64) * heads + head
+    # The heads of a token lie together: neighbouring rows come by one load.
+    at = tl.max_contiguous(tl.multiple_of(at, HEADS), HEADS)
+    both = tl.load(stats.to(tl.pointer_type(tl.int64), bitcast=True) + at)
+    lse = both.to(tl.int32).to(tl.float32, bitcast=True)
+    return lse, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _walk(
     key_grad, value_grad, k, v, key,
-    queries, grads, lse, delta, grad_queries, list_, size,
-    stride_qh, stride_qt, stride_gh, stride_gt, stride_dh, stride_dt,
-    repeats, num_queries, query_offset, scale,
-    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    ATOMIC: tl.constexpr, TURNED: tl.constexpr,
+    queries, grads, stats, stat, grad_queries, list_, size, masked,
+    stride_qh, stride_gh, stride_dh, pieces, query_offset, scale,
+    stride_qt: tl.constexpr, stride_gt: tl.constexpr, stride_dt: tl.constexpr, heads: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    STAGES: tl.constexpr, ATOMIC: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """A list in every head of the group, ROWS queries of one head a step."""
+    """A list in every head of the group: TOKENS queries in HEADS neighbouring heads a step."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    row = tl.arange(0, ROWS)
-    tiles = tl.cdiv(size, ROWS)
-    # Rows past the end of the list repeat its last, so that loads need no mask.
-    query = tl.load(list_ + tl.minimum(row, size - 1))
-    for step in tl.range(0, tiles * repeats, num_stages=STAGES):
-        head = (step // tiles).to(tl.int64)
-        inside = (step % tiles) * ROWS + row < size
+    TOKENS: tl.constexpr = ROWS // HEADS
+    token = tl.arange(0, TOKENS)
+    head = (tl.arange(0, ROWS) % HEADS).to(tl.int64)
+    channel = tl.arange(0, WIDTH_P)[None, :]
+    tiles = tl.cdiv(size, TOKENS)
+    # Rows past the end are those of the lists behind it: loads need no mask.
+    query = tl.load(list_ + token)
+    tile = 0
+    for _ in tl.range(0, tiles * pieces, num_stages=STAGES):
         # 64 bits a row: neighbours in a list may lie a whole row apart.
-        far = query.to(tl.int64)
-        q = _rows(queries, head * stride_qh + far * stride_qt, WIDTH, WIDTH_P)
-        # An absent row's weights are exp2(0 - inf).
-        row_lse = tl.load(lse + head * num_queries + query, mask=inside, other=float("inf")) / scale
+        far = _spread(query, HEADS).to(tl.int64)
+        q = _rows(queries + head[:, None] * stride_qh, far * stride_qt, WIDTH, WIDTH_P)
+        grad = _rows(grads + head[:, None] * stride_gh, far * stride_gt, WIDTH, WIDTH_P)
+        lse, delta = _stats(stats, stat, query, heads, HEADS)
         # `query` once more: the copies run ahead, and it would stay in registers until here.
-        again = tl.load(list_ + tl.minimum((step % tiles) * ROWS + row, size - 1))
-        seen = key[:, None] <= (again + query_offset)[None, :]
-        scores = tl.where(seen, -row_lse[None, :], float("-inf"))
-        scores = tl.dot(k, tl.trans(q), scores, input_precision="ieee")  # [KEYS, ROWS]
-        weights = tl.math.exp2(scores * (scale * LOG2E))
-        grad = _rows(grads, head * stride_gh + far * stride_gt, WIDTH, WIDTH_P)
+        place = tile * TOKENS + token
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [KEYS, ROWS]
+        scores = scores * (scale * LOG2E) - lse[None, :]
+        # Only queries of the block itself, which come first, and rows past the end need a mask.
+        if (tile * TOKENS < masked) | (tile == tiles - 1):
+            again = tl.load(list_ + place)
+            position = tl.where(place < size, again + query_offset, -1)
+            scores = tl.where(key[:, None] <= _spread(position, HEADS)[None, :], scores, float("-inf"))
+        weights = tl.math.exp2(scores)
+        slope = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        slope = (weights * (slope - delta[None, :])).to(q.dtype)
         value_grad = tl.dot(weights.to(grad.dtype), grad, value_grad, input_precision="ieee")
-        row_delta = tl.load(delta + head * num_queries + query)
-        slope = tl.zeros([key.shape[0], ROWS], tl.float32) - row_delta[None, :]
-        slope = tl.dot(v, tl.trans(grad), slope, input_precision="ieee")
-        slope = (weights * slope).to(q.dtype)
         key_grad = tl.dot(slope, q, key_grad, input_precision="ieee")
         if ATOMIC:
             if TURNED:
                 query_grad = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
             else:
                 query_grad = tl.dot(tl.trans(slope), k, input_precision="ieee")
-            channel = tl.arange(0, WIDTH_P)[None, :]
-            into = head * stride_dh + again.to(tl.int64) * stride_dt
-            present = (step % tiles) * ROWS + row < size
-            mask = present[:, None] & (channel < WIDTH)
-            query_grad *= scale
-            tl.atomic_add(grad_queries + into[:, None] + channel, query_grad, mask, sem="relaxed")
-        following = ((step + 1) % tiles) * ROWS + row
-        query = tl.load(list_ + tl.minimum(following, size - 1))
+            again = tl.load(list_ + place)
+            into = _spread(again, HEADS).to(tl.int64) * stride_dt
+            at = (grad_queries + head[:, None] * stride_dh) + into[:, None] + channel
+            # Rows past the end add 0 to the last query.
+            if WIDTH == WIDTH_P:
+                tl.atomic_add(at, query_grad, sem="relaxed")
+            else:
+                tl.atomic_add(at, query_grad, channel < WIDTH, sem="relaxed")
+        tile += 1
+        if pieces != 1:
+            ends = tile == tiles
+            tile = tl.where(ends, 0, tile)
+            further = tl.where(ends, HEADS, 0)
+            queries += further * stride_qh
+            grads += further * stride_gh
+            grad_queries += further * stride_dh
+            stat += further
+        following = tile * TOKENS + token
+        query = tl.load(list_ + following)
     return key_grad, value_grad
 
 
@@ -134,14 +169,15 @@ def _store(
 @triton.jit
 def _own(
     item, part,
-    queries, keys, values, grads, lse, delta, grad_queries, grad_keys, grad_values, sums,
+    queries, keys, values, grads, stats, grad_queries, grad_keys, grad_values, sums,
     lists, offsets, owners, firsts, partials, starts,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks,
-    stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    stride_qb, stride_qh, stride_kb, stride_kg, stride_ks,
+    stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_db, stride_dh,
     stride_ckb, stride_ckg, stride_cks, stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
-    groups, repeats, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
+    groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
+    stride_qt: tl.constexpr, stride_gt: tl.constexpr, stride_dt: tl.constexpr, heads: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
+    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
     ATOMIC: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """KEYS keys of the block of chunk `item`, and the queries of that chunk."""
@@ -156,16 +192,19 @@ def _own(
     far = key.to(tl.int64)[:, None]
     k_tile = keys + (batch * stride_kb + group * stride_kg) + far * stride_ks + channel
     v_tile = values + (batch * stride_vb + group * stride_vg) + far * stride_vs + channel
+    # Queries of the block itself come first in its list, and are as many as it has keys at most.
+    early = tl.arange(0, BLOCK)
+    early = tl.load(lists + begin + early, mask=early < size, other=2147483647)
+    masked = tl.sum((early < slot * SLOT_KEYS + BLOCK - query_offset).to(tl.int32))
     head = group * repeats
-    stat = (batch * groups * repeats + head) * num_queries
     key_grad, value_grad = _walk(
         tl.zeros([KEYS, WIDTH_P], tl.float32), tl.zeros([KEYS, WIDTH_P], tl.float32),
         tl.load(k_tile, mask=mask, other=0.0), tl.load(v_tile, mask=mask, other=0.0), key,
         queries + batch * stride_qb + head * stride_qh, grads + batch * stride_gb + head * stride_gh,
-        lse + stat, delta + stat, grad_queries + batch * stride_db + head * stride_dh,
-        lists + begin, size,
-        stride_qh, stride_qt, stride_gh, stride_gt, stride_dh, stride_dt,
-        repeats, num_queries, query_offset, scale, WIDTH, WIDTH_P, ROWS, STAGES, ATOMIC, TURNED,
+        stats, batch * num_queries * heads + head,
+        grad_queries + batch * stride_db + head * stride_dh, lists + begin, size, masked,
+        stride_qh, stride_gh, stride_dh, pieces, query_offset, scale,
+        stride_qt, stride_gt, stride_dt, heads, WIDTH, WIDTH_P, ROWS, HEADS, STAGES, ATOMIC, TURNED,
     )  # fmt: skip
     key_grad *= scale
     # Looked up once more: carried through the loop it would take registers.
@@ -191,15 +230,16 @@ def _own(
 
 @triton.jit
 def _key_gradients(
-    queries, keys, values, grads, lse, delta, grad_queries, grad_keys, grad_values, sums,
+    queries, keys, values, grads, stats, grad_queries, grad_keys, grad_values, sums,
     lists, offsets, owners, firsts, partials, starts, count,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks,
-    stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    stride_qb, stride_qh, stride_kb, stride_kg, stride_ks,
+    stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_db, stride_dh,
     stride_ckb, stride_ckg, stride_cks, stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
-    groups, repeats, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale, done,
+    groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale, done,
     programs,
+    stride_qt: tl.constexpr, stride_gt: tl.constexpr, stride_dt: tl.constexpr, heads: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
+    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
     ATOMIC: tl.constexpr, TURNED: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """One chunk a program; with SHARE the chunks from `done` on, every programs-th."""
@@ -210,26 +250,26 @@ def _key_gradients(
     if SHARE:
         for other in range(done + item, tl.load(count), programs):
             _own(
-                other, part, queries, keys, values, grads, lse, delta, grad_queries,
+                other, part, queries, keys, values, grads, stats, grad_queries,
                 grad_keys, grad_values, sums, lists, offsets, owners, firsts, partials, starts,
-                stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks,
-                stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_gt,
-                stride_db, stride_dh, stride_dt, stride_ckb, stride_ckg, stride_cks,
+                stride_qb, stride_qh, stride_kb, stride_kg, stride_ks,
+                stride_vb, stride_vg, stride_vs, stride_gb, stride_gh,
+                stride_db, stride_dh, stride_ckb, stride_ckg, stride_cks,
                 stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
-                groups, repeats, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
-                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, DOCUMENTS, STAGES, ATOMIC, TURNED,
+                groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
+                stride_qt, stride_gt, stride_dt, heads, WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, HEADS, DOCUMENTS, STAGES, ATOMIC, TURNED,
             )  # fmt: skip
     else:
         if item < tl.load(count):
             _own(
-                item, part, queries, keys, values, grads, lse, delta, grad_queries,
+                item, part, queries, keys, values, grads, stats, grad_queries,
                 grad_keys, grad_values, sums, lists, offsets, owners, firsts, partials, starts,
-                stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks,
-                stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_gt,
-                stride_db, stride_dh, stride_dt, stride_ckb, stride_ckg, stride_cks,
+                stride_qb, stride_qh, stride_kb, stride_kg, stride_ks,
+                stride_vb, stride_vg, stride_vs, stride_gb, stride_gh,
+                stride_db, stride_dh, stride_ckb, stride_ckg, stride_cks,
                 stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
-                groups, repeats, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
-                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, DOCUMENTS, STAGES, ATOMIC, TURNED,
+                groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
+                stride_qt, stride_gt, stride_dt, heads, WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, HEADS, DOCUMENTS, STAGES, ATOMIC, TURNED,
             )  # fmt: skip
 
 
@@ -274,8 +314,7 @@ def key_value_gradients(
     k: Tensor,
     v: Tensor,
     grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    stats: Tensor,
     lists: QueryLists,
     starts: Tensor | None,
     *,
@@ -289,8 +328,8 @@ def key_value_gradients(
 
     Args:
         q, grad_out: (B, H, T, D); k, v: (B, G, S, D); channels contiguous.
-        lse, delta: (B, H, T) float32, contiguous.
-        launch: `rows` queries of one head a step, `keys` of a block a program.
+        stats: (B, T, H, 2) float32, contiguous: see triton_attend_dq.row_stats.
+        launch: `rows` (queries times neighbouring heads) a step, `keys` of a block a program.
         grad_q: (B, H, T, D) float32, to which dq is added by atomics, or None.
     """
     batch, heads, num_queries, width = q.shape
@@ -311,15 +350,20 @@ def key_value_gradients(
     # Products of Hopper and later take 64 rows: [D, queries] has them, [queries, D] has not.
     turned = target_arch() >= 90 and keys >= 64
 
+    repeats = heads // groups
+
     def walk(programs: int, done: int, rows: int, stages: int) -> None:
+        # Heads that fill a power of two; the rest of the group is walked one such piece after another.
+        shared = min(repeats & -repeats, rows)
         _key_gradients[(programs * parts,)](
-            q, k, v, grad_out, lse, delta, into, grad_k, grad_v, sums,
+            q, k, v, grad_out, stats, into, grad_k, grad_v, sums,
             lists.queries, lists.offsets, lists.owners, lists.firsts, lists.partials, starts, lists.count,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
-            *into.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], stride_starts,
-            groups, heads // groups, num_queries, num_keys, lists.num_slots, lists.queries.shape[1],
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:2],
+            *into.stride()[:2], *grad_k.stride()[:3], *grad_v.stride()[:3], stride_starts,
+            groups, repeats, repeats // shared, num_queries, num_keys, lists.num_slots, lists.queries.shape[1],
             lists.chunk, query_offset, scale, done, programs,
-            **shape, KEYS=keys, ROWS=rows, STAGES=stages, ATOMIC=grad_q is not None,
+            stride_qt=q.stride(2), stride_gt=grad_out.stride(2), stride_dt=into.stride(2), heads=heads,
+            **shape, KEYS=keys, ROWS=rows, HEADS=shared, STAGES=stages, ATOMIC=grad_q is not None,
             TURNED=turned and not done, SHARE=done > 0,
             num_warps=launch.num_warps,
         )  # fmt: skip

@@ -23,32 +23,42 @@ DELTA_ROWS = 32
 
 @triton.jit
 def _delta(
-    out, grads, delta,
+    out, grads, lse, stats,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, heads, num_queries,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    plane = tl.program_id(1).to(tl.int64)
-    batch, head = plane // heads, plane % heads
-    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # Heads of a token are neighbours, in the layout of transformers as in `stats`.
+    query, head = row // heads, row % heads
     channel = tl.arange(0, WIDTH_P)
-    mask = (query < num_queries)[:, None] & (channel < WIDTH)[None, :]
-    far = query.to(tl.int64)[:, None]
-    at = out + (batch * stride_ob + head * stride_oh) + far * stride_ot + channel[None, :]
-    row = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    at = grads + (batch * stride_gb + head * stride_gh) + far * stride_gt + channel[None, :]
-    row *= tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + plane * num_queries + query, tl.sum(row, axis=1), mask=query < num_queries)
+    here = query < num_queries
+    mask = here[:, None] & (channel < WIDTH)[None, :]
+    far, head = query.to(tl.int64), head.to(tl.int64)
+    at = out + (batch * stride_ob + head * stride_oh + far * stride_ot)[:, None] + channel[None, :]
+    product = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    at = grads + (batch * stride_gb + head * stride_gh + far * stride_gt)[:, None] + channel[None, :]
+    product *= tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    natural = tl.load(lse + (batch * heads + head) * num_queries + query, mask=here, other=0.0)
+    to = stats + 2 * ((batch * num_queries) * heads + row)
+    tl.store(to, natural * 1.4426950408889634, mask=here)
+    tl.store(to + 1, tl.sum(product, axis=1), mask=here)
 
 
-def row_delta(out: Tensor, grad_out: Tensor) -> Tensor:
-    """delta (B, H, T) float32 from out and its gradient, both (B, H, T, D) with contiguous channels."""
+def row_stats(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
+    """What the backward pass needs of each row: (B, T, H, 2) float32, lse in log2 units and delta.
+
+    Args:
+        out, grad_out: (B, H, T, D) with contiguous channels.
+        lse: (B, H, T) float32, natural logarithm, contiguous.
+    """
     batch, heads, num_queries, width = out.shape
-    delta = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=out.device)
-    _delta[(triton.cdiv(num_queries, DELTA_ROWS), batch * heads)](
-        out, grad_out, delta, *out.stride()[:3], *grad_out.stride()[:3], heads, num_queries,
+    stats = torch.empty(batch, num_queries, heads, 2, dtype=torch.float32, device=out.device)
+    _delta[(triton.cdiv(num_queries * heads, DELTA_ROWS), batch)](
+        out, grad_out, lse, stats, *out.stride()[:3], *grad_out.stride()[:3], heads, num_queries,
         WIDTH=width, WIDTH_P=padded_width(width), ROWS=DELTA_ROWS, num_warps=4,
     )  # fmt: skip
-    return delta
+    return stats
 
 
 @triton.jit
@@ -96,7 +106,7 @@ def _steps(
 
 @triton.jit
 def _query_gradients(
-    queries, keys, values, grads, lse, delta, grad_queries,
+    queries, keys, values, grads, stats, grad_queries,
     first_keys, members, counts, past_counts,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks,
     stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
@@ -121,9 +131,9 @@ def _query_gradients(
     q = tl.load(at + channel[None, :], mask=mask, other=0.0)
     at = grads + (batch * stride_gb + head * stride_gh + far * stride_gt)[:, None]
     grad = tl.load(at + channel[None, :], mask=mask, other=0.0)
-    stat = (batch * groups * REPEATS + head) * num_queries + query
-    row_lse = tl.load(lse + stat, mask=valid, other=0.0) * LOG2E
-    row_delta = tl.load(delta + stat, mask=valid, other=0.0)
+    stats += 2 * ((batch * num_queries + query) * (groups * REPEATS) + head)
+    row_lse = tl.load(stats, mask=valid, other=0.0)
+    row_delta = tl.load(stats + 1, mask=valid, other=0.0)
     entry = plane * num_tiles + tile
     first_keys += entry * union_len
     members += entry * union_len
@@ -164,8 +174,7 @@ def query_gradients(
     k: Tensor,
     v: Tensor,
     grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    stats: Tensor,
     unions: Unions,
     *,
     block_size: int,
@@ -177,7 +186,7 @@ def query_gradients(
 
     Args:
         q, grad_out: (B, H, T, D); k, v: (B, G, S, D); channels contiguous.
-        lse, delta: (B, H, T) float32, contiguous.
+        stats: (B, T, H, 2) float32, contiguous, see row_stats.
         unions: of tiles of tile_tokens(launch, R) queries.
     """
     batch, heads, num_queries, width = q.shape
@@ -186,7 +195,7 @@ def query_gradients(
     grad_q = torch.empty_like(q)
     num_tiles = unions.counts.shape[2]
     _query_gradients[(num_tiles, batch * groups)](
-        q, k, v, grad_out, lse, delta, grad_q,
+        q, k, v, grad_out, stats, grad_q,
         unions.first_keys, unions.members, unions.counts, unions.past_counts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
         groups, num_queries, num_keys, num_tiles, unions.first_keys.shape[3], query_offset, scale,
