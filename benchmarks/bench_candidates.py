@@ -28,7 +28,8 @@ def _grid(
 
 
 def select_launches(inputs: Inputs) -> list[Any]:
-    return _grid((64, 128, 256), (64, 128), inputs.shape.block_size, (2, 3))
+    alone = _grid((64, 128, 256), (64, 128), inputs.shape.block_size, (2, 3))
+    return alone + [replace(one, programs=2) for one in alone if one.num_warps == 8]
 
 
 def sparse_launches(inputs: Inputs) -> list[Any]:

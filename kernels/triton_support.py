@@ -20,6 +20,8 @@ MAX_WIDTH = 256
 """Widest head."""
 MAX_TOP_K = 64
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+REGISTERS, MAX_REGISTERS = 65536, 255
+"""32-bit registers of a multiprocessor, and the most of one thread: sm_80 to sm_100."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -33,6 +35,18 @@ class Launch:
     """Key tokens per step."""
     num_warps: int
     num_stages: int
+    programs: int | None = None
+    """Programs that share a multiprocessor's registers; None: as many as the compiler leaves room for."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a kernel launch takes besides the sizes."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.programs is not None:
+            # Registers are handed out in eights.
+            share = REGISTERS // (self.programs * self.num_warps * 32)
+            options["maxnreg"] = min(MAX_REGISTERS, share // 8 * 8)
+        return options
 
 
 def interpreting() -> bool:
