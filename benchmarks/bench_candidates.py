@@ -35,15 +35,16 @@ def _likely(first: Sequence[Launch], rest: Sequence[Launch]) -> list[Any]:
 def select_launches(inputs: Inputs) -> list[Any]:
     block = inputs.shape.block_size
     likely = [
+        Launch(128, 128, 8, 2, programs=2),
         Launch(128, 64, 4, 2),
         Launch(64, 128, 4, 2),
         Launch(64, 64, 4, 3),
+        Launch(128, 64, 8, 2, programs=2),
         Launch(128, 64, 8, 3),
     ]
-    return _likely(
-        [replace(one, keys=min(one.keys, block)) for one in likely],
-        _grid((64, 128, 256), (64, 128), block, (2, 3)),
-    )
+    alone = _grid((64, 128, 256), (64, 128), block, (2, 3))
+    together = [replace(one, programs=2) for one in alone if one.num_warps == 8]
+    return _likely([replace(one, keys=min(one.keys, block)) for one in likely], alone + together)
 
 
 def sparse_launches(inputs: Inputs) -> list[Any]:

@@ -69,7 +69,10 @@ CASES |= {
         (3, 64, 16, torch.bfloat16, False),
         (4, 128, 64, torch.bfloat16, False),
         (2, 256, 16, torch.bfloat16, False),
+        (4, 96, 16, torch.bfloat16, True),
+        (4, 128, 16, torch.float16, True),
         (4, 128, 16, torch.float8_e4m3fn, False),
+        (4, 128, 16, torch.float8_e4m3fn, True),
         (4, 128, 16, torch.float32, True),
     )
 }
