@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -20,6 +20,8 @@ from cycle_sass import Instruction, Loop, find_loops, main_loops, parse
 
 COMPILED_LENGTH = 1 << 17
 """Tokens; kernels differ by what divides sizes, not by sizes."""
+DECODE_LENGTHS = (1 << 15, 1 << 17, 1 << 20)
+"""Decoding has more launches the longer the cache is."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,27 @@ class Compiled:
     heads: int
     groups: int
     kernels: list[Kernel]
-    launches: int
-    """Of Triton kernels, in one call."""
+    launches: dict[int, int]
+    """Of Triton kernels in one call, by length; decoding's grow with it."""
 
 
 def compile_operation(operation: str, shape: Shape, arch: int = 90) -> Compiled:
     """Each kernel once, however often it is launched."""
     kernels: dict[bytes, Kernel] = {}
-    launches = 0
+    noted: list[str] = []
 
     def note(name: str, compiled: Any) -> None:
-        nonlocal launches
-        launches += 1
+        noted.append(name)
         cubin = compiled.asm["cubin"]
         if cubin not in kernels:
             kernels[cubin] = _kernel(operation, shape, name, compiled)
 
-    with compile_only(arch, note):
-        launch(operation, shape)
+    launches = {}
+    for length in DECODE_LENGTHS if operation == "decode" else (shape.length,):
+        noted.clear()
+        with compile_only(arch, note):
+            launch(operation, replace(shape, length=length))
+        launches[length] = len(noted)
     return Compiled(operation, shape.heads, shape.groups, list(kernels.values()), launches)
 
 
@@ -118,13 +123,13 @@ def sections(
     """The main loop's name and work; the work around it, where it goes over heads."""
     loops = main_loops(instructions)
     if not loops:
-        return "", section(instructions, cyclic=False), None
+        return "", section(instructions), None
     taken = main_loop(instructions, [(one.first, one.last) for one in loops])
     main = loops[taken]
     name = f"{taken + 1} of {len(loops)}"
     body = instructions[main.first : main.last + 1]
     share = role.rare(constants) if role else 1.0
-    inside = section(body, True, rare_branches(body), share)
+    inside = section(body, rare_branches(body), share)
     if role is None or not role.heads_inside:
         return name, inside, None
     outer = [one for one in find_loops(instructions) if one.holds(main)]
@@ -133,7 +138,7 @@ def sections(
         instructions[whole.first : main.first],
         instructions[main.last + 1 : whole.last + 1],
     )
-    return name, inside, section([*before, *after], cyclic=False)
+    return name, inside, section([*before, *after])
 
 
 def rare_branches(body: Sequence[Instruction]) -> set[int]:
@@ -158,7 +163,7 @@ def program_step(kernel: Kernel, device: Device) -> tuple[Step, float, float]:
     flops = main.work.flops * kernel.resources.num_warps
     if kernel.around is None:
         return main, main.cycles, flops
-    around = step(kernel.around, kernel.resources, device)
+    around = step(kernel.around, kernel.resources, device, repeated=False)
     heads = kernel.heads // kernel.groups
     more = around.work.flops * kernel.resources.num_warps
     return main, heads * main.cycles + around.cycles, heads * flops + more

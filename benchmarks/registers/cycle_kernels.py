@@ -1,8 +1,8 @@
 """What each kernel computes: how to launch it without a GPU, and the FLOPs that it really executes.
 
-A kernel's steps follow from its FLOPs: executed FLOPs over the FLOPs that one pass of its main loop has in SASS.
-So tile sizes, warps and stages are read from nothing and may change freely; a new kernel with products needs
-a line in ROLES.
+How many steps a kernel takes follows from its FLOPs: those executed over those that SASS has in one pass
+of the main loop. So tiles, warps and stages may change freely; a new kernel with products needs a line in
+ROLES.
 
 Shapes: H query heads, G groups, N tokens, D head width, D_idx index width, k selected blocks.
 """
@@ -28,7 +28,7 @@ from dense2sparse.kernels import (
 )
 
 UNION_FACTORS = {1: 1.0, 4: 1.20, 8: 1.31, 16: 1.40, 32: 1.50, 64: 1.59}
-"""Blocks that neighbouring tokens select together over k: results/unions-smollm2.json, index branch, mean."""
+"""Blocks that so many neighbours select, over k: results/unions-smollm2.json, index branch, mean."""
 
 Constants = Mapping[str, Any]
 
@@ -98,12 +98,16 @@ def _key_tile_flops(products: int) -> Callable[[Shape, Constants], float]:
 
 _STUDENT = Role(lambda shape, c: _index(shape) * _over_unions(shape, c))
 _BY_QUERY = Role(lambda shape, c: 3 * _main(shape) * _over_unions(shape, c))
-_INDEX_PAIRS: Callable[[Shape, Constants], float] = lambda shape, _: _index(shape) * shape.pairs
+
+
+def _index_pairs(shape: Shape, _: Constants) -> float:
+    return _index(shape) * shape.pairs
+
 
 ROLES: dict[str, dict[str, Role]] = {
     "select": {
         # The list is touched once a block, whatever the keys of a step.
-        "_select": Role(_INDEX_PAIRS, rare=lambda c: c.get("KEYS", 1) / c.get("BLOCK", 1)),
+        "_select": Role(_index_pairs, rare=lambda c: c.get("KEYS", 1) / c.get("BLOCK", 1)),
     },
     "sparse": {"_attend": Role(lambda shape, c: 2 * _main(shape) * _over_unions(shape, c))},
     "sparse backward": {
@@ -114,14 +118,14 @@ ROLES: dict[str, dict[str, Role]] = {
         "_query_gradients": _BY_QUERY,
     },
     "kl": {
-        "_student": Role(_INDEX_PAIRS),
+        "_student": Role(_index_pairs),
         "_difference": Role(
             lambda shape, _: (_main(shape) + _index(shape)) * shape.pairs,
             heads_inside=True,
             moved=_scratch(1),
         ),
-        "_query_gradient": Role(_INDEX_PAIRS, moved=_scratch(1)),
-        "_key_gradient": Role(_INDEX_PAIRS, moved=_scratch(1)),
+        "_query_gradient": Role(_index_pairs, moved=_scratch(1)),
+        "_key_gradient": Role(_index_pairs, moved=_scratch(1)),
     },
     "sparse kl": {
         "student_kernel": _STUDENT,

@@ -1,4 +1,4 @@
-"""Predicted times of whole operations, and what stands beside them: dense attention, floors, goals, measurements.
+"""Predicted times of whole operations, beside dense attention, floors, goals and measurements.
 
 Called by model.py. Shapes: H query heads, G groups, N tokens, D head width, k selected blocks.
 """
@@ -26,13 +26,13 @@ from bench_table import (
     training_bytes,
     whole_bytes,
 )
-from cycle_compile import Compiled, Kernel, program_step
+from cycle_compile import DECODE_LENGTHS, Compiled, Kernel, program_step
 from cycle_rules import Device
 
-LENGTHS = (1 << 15, 1 << 17, 1 << 20)
+LENGTHS = DECODE_LENGTHS
 TRAINED_LENGTHS = LENGTHS[:2]
 LIST_BYTES = 160.0
-"""An edge (query, selected block) of the lists by block: a radix sort of four passes and the tables. By reading."""
+"""An edge (query, selected block) of the lists by block: a radix sort, four passes, and tables. Assumed."""
 DENSE_DECODE_LAUNCHES = 2
 """Splits of the keys, and their merge."""
 
@@ -57,7 +57,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Entry:
-    """An operation of the table: kernels of other operations that it consists of, and its definition's size."""
+    """An operation of the table: whose kernels it consists of, and the size of its definition."""
 
     parts: tuple[str, ...]
     flops: Callable[[Shape], float]
@@ -167,7 +167,8 @@ def part_seconds(compiled: Compiled, shape: Shape, device: Device) -> float:
     seconds = sum(kernel_seconds(kernel, shape, device) for kernel in compiled.kernels)
     seconds += side_bytes(compiled.operation, shape) / device.bytes_per_s
     # Elsewhere the queue hides launches.
-    return seconds + (compiled.launches * device.launch_s if compiled.operation == "decode" else 0)
+    launches = compiled.launches[shape.length] if compiled.operation == "decode" else 0
+    return seconds + launches * device.launch_s
 
 
 @dataclass(frozen=True)

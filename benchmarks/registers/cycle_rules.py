@@ -2,30 +2,30 @@
 
 A step is one pass of a program's warps through its main loop.
 
-  1. A multiprocessor cannot be faster than its busiest part: tensor cores, instructions issued, ALU or FMA pipe,
-     exp2, shared memory, or its share of what the second-level cache delivers.
-  2. A program alone waits for its products. Instructions between a product's start and the wait for it run
-     beside it, all others after it; those take the sum of their pipes, because the two warps of a
-     scheduler run the same code at the same time. Each wait costs WAIT_CYCLES more.
+  1. A multiprocessor cannot be faster than its busiest part: tensor cores, instructions issued, ALU or FMA
+     pipe, exp2, shared memory, or its share of what the second-level cache delivers.
+  2. A program alone waits for its products: they run one after another, beside the instructions that stand
+     between a product's start and the wait for it. Instructions take the sum of their pipes, because the
+     two warps of a scheduler run the same code at the same time. Each wait costs WAIT_CYCLES more.
   3. A step takes the larger of 1 and 2. Of several programs on a multiprocessor one computes while another
      waits, so 2 is divided by their number. So it is for the warpgroups of one program where no barrier
      in the loop keeps them in step.
 
-What the rules leave out: the first and last steps of a program, unequal programs, misses of the caches, bank
-conflicts, branches in the loop that are not taken. Called by model.py and its parts.
+What the rules leave out: the first and last steps of a program, unequal programs, misses of the caches,
+bank conflicts, branches in the loop that are not taken. Called by model.py and its parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cycle_sass import Instruction, Work, total, work_of
 
 WAIT_CYCLES = 60.0
-"""Assumed, not measured: a product's result is late by its pipeline's depth, and a barrier takes some too."""
+"""Assumed: a product's result is late by its pipeline's depth, and a barrier takes some too."""
 REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65536, 228 << 10, 64, 32
-"""Of a multiprocessor of compute capability 9.0 (CUDA C++ Programming Guide, technical specifications)."""
+"""Of a multiprocessor of compute capability 9.0 (technical specifications, CUDA C++ Programming Guide)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Resources:
 
     @property
     def programs(self) -> int:
-        """That fit on one multiprocessor: registers go in eights a thread, and 1 KiB a program is the system's."""
+        """That fit on one multiprocessor: a thread has eights of registers, the system 1 KiB a program."""
         registers = -(-self.registers // 8) * 8 * 32 * self.num_warps
         limits = (
             REGISTERS // max(1, registers),
@@ -81,50 +81,55 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Event:
+    """A product that starts, or a wait for products, and what a warp does before it."""
+
+    before: Work
+    product: Work | None
+    """The instructions of one group; None: a wait."""
+    left: int = 0
+    """Groups that a wait leaves under way."""
+
+
+@dataclass(frozen=True)
 class Section:
-    """Instructions that a warp runs through once, divided by whether a product is under way."""
+    """Instructions that a warp runs through once."""
 
-    beside: Work
-    apart: Work
-
-    @property
-    def whole(self) -> Work:
-        return self.beside + self.apart
+    whole: Work
+    events: tuple[Event, ...]
+    after: Work
+    """Behind the last event."""
 
 
 def section(
-    instructions: Sequence[Instruction],
-    cyclic: bool,
-    rare: Collection[int] = (),
-    share: float = 1.0,
+    instructions: Sequence[Instruction], rare: Collection[int] = (), share: float = 1.0
 ) -> Section:
-    """Divide them.
+    """Divide them at products and waits; instructions numbered in `rare` run in `share` of the passes."""
+    events: list[Event] = []
+    whole, before, group = Work(), Work(), Work()
+    for number, one in enumerate(instructions):
+        cost = work_of(one)
+        if number in rare:
+            cost = cost.scaled(share)
+        whole += cost
+        if one.name.startswith("WARPGROUP.DEPBAR"):
+            events.append(Event(before, None, int(one.operands.split("0x")[-1], 16)))
+            before = cost
+        elif one.is_tensor and one.base != "HMMA":
+            if not group.tensor:
+                events.append(Event(before, Work()))
+                before = Work()
+            group += cost
+            before += replace(cost, tensor=0.0, product=0.0)
+            events[_last_start(events)] = replace(events[_last_start(events)], product=group)
+            group = Work() if "gsb" in one.operands else group
+        else:
+            before += cost
+    return Section(whole, tuple(events), before)
 
-    Args:
-        cyclic: a loop, where a product may still be under way from the pass before.
-        rare: numbers of instructions that run in `share` of the passes.
-    """
-    under_way: list[bool] = []  # one entry a product that was not waited for
-    for _ in range(2 if cyclic else 1):
-        beside, apart = Work(), Work()
-        open_ = False
-        for number, one in enumerate(instructions):
-            cost = work_of(one)
-            if number in rare:
-                cost = cost.scaled(share)
-            if one.is_tensor and one.base != "HMMA" and not open_:
-                open_ = True
-                under_way.append(True)
-            if under_way:
-                beside += cost
-            else:
-                apart += cost
-            if one.is_tensor and "gsb" in one.operands:
-                open_ = False
-            if one.name.startswith("WARPGROUP.DEPBAR"):
-                left = int(one.operands.split("0x")[-1], 16)
-                under_way = under_way[len(under_way) - left :] if left else []
-    return Section(beside, apart)
+
+def _last_start(events: Sequence[Event]) -> int:
+    return max(i for i, event in enumerate(events) if event.product is not None)
 
 
 @dataclass(frozen=True)
@@ -200,20 +205,38 @@ def _alone(part: Work, num_warps: int, device: Device) -> float:
     return max(own.issue, own.alu + own.fma, own.special, part.stalls)
 
 
-def step(part: Section, resources: Resources, device: Device) -> Step:
+def waiting(part: Section, num_warps: int, device: Device, repeated: bool) -> float:
+    """Cycles of these warps alone on a multiprocessor: products in a queue, and the warps in theirs.
+
+    Args:
+        repeated: a loop, in the state that it comes to.
+    """
+    now = tensor_free = ended = begun = 0.0
+    done: list[float] = []
+    for _ in range(3 if repeated else 1):
+        begun = ended
+        for event in part.events:
+            now += _alone(event.before, num_warps, device)
+            if event.product is not None:
+                tensor_free = max(now, tensor_free)
+                tensor_free += cycles(event.product, num_warps, device).product
+                done.append(tensor_free)
+            elif len(done) > event.left:
+                now = max(now, done[-1 - event.left]) + WAIT_CYCLES
+        now += _alone(part.after, num_warps, device)
+        ended = now
+    return ended - begun
+
+
+def step(part: Section, resources: Resources, device: Device, repeated: bool = True) -> Step:
     """The three rules."""
     whole = part.whole
     parts = cycles(whole, resources.num_warps, device)
     limit, least = parts.busiest
     in_step = whole.barriers > 0 or resources.num_warps <= 4
-    warps = resources.num_warps if in_step else 4
-    product = cycles(whole, warps, device).product
-    waiting = max(product, _alone(part.beside, warps, device))
-    waiting += _alone(part.apart, warps, device) + WAIT_CYCLES * whole.waits
-    waiting /= resources.programs
-    if waiting > least:
-        return Step(waiting, "wait", whole, parts)
-    return Step(least, limit, whole, parts)
+    alone = waiting(part, resources.num_warps if in_step else 4, device, repeated)
+    alone /= resources.programs
+    return Step(max(alone, least), "wait" if alone > least else limit, whole, parts)
 
 
 def main_loop(instructions: Sequence[Instruction], spans: Sequence[tuple[int, int]]) -> int:

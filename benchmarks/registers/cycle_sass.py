@@ -1,18 +1,18 @@
 """SASS of one kernel: its instructions, its loops, and what one pass through a loop costs a warp.
 
-Reads what `cuobjdump --dump-sass` prints for sm_90. Nothing here knows a kernel: loops are found as backward
-branches, the main loop as the innermost one with tensor instructions. Called by model.py and its parts.
+Reads what `cuobjdump --dump-sass` prints for sm_90. Nothing here knows a kernel: a loop is a backward
+branch, the main loop the innermost one with tensor instructions. Called by model.py and its parts.
 
 Costs are cycles of one scheduler (a quarter of a multiprocessor) unless they say otherwise. Sources:
-  - lanes a cycle: "Throughput of Native Arithmetic Instructions" in the CUDA C++ Programming Guide, column 9.0:
+  - lanes a cycle: "Throughput of Native Arithmetic Instructions" in the CUDA C++ Programming Guide, 9.0:
     float32 add, multiply and fma 128 a multiprocessor; integer, logic, compare, minimum, select and
     conversions 64; exp2 and other special functions 16; shuffles 32.
   - which instruction takes which pipe: "Pipelines" in the Nsight Compute documentation (IMAD shares the FMA
     pipe, the other integer instructions and float minima the ALU pipe). Pipes run side by side, one
     instruction is issued a cycle.
-  - tensor cores: 989 TFLOP/s of dense bf16 at 1.83 GHz on 132 multiprocessors (data sheet of the H100) are 4096
-    FLOPs a cycle and multiprocessor. A product m64nNk16 is 2048 N FLOPs: N / 2 cycles. One of fp8
-    (k32) has twice the FLOPs in the same time.
+  - tensor cores: 989 TFLOP/s of dense bf16 at 1.83 GHz on 132 multiprocessors (data sheet of the H100) are
+    4096 FLOPs a cycle and multiprocessor. A product m64nNk16 is 2048 N FLOPs: N / 2 cycles. One of
+    fp8 (k32) has twice the FLOPs in the same time.
   - shared memory: 128 bytes a cycle and multiprocessor.
   - stall counts: bits 105 to 108 of an instruction (arXiv 1804.06826).
 """
@@ -32,7 +32,7 @@ SPECIAL = {"MUFU", "I2F", "F2I", "F2F", "POPC", "FLO", "BREV"}
 CONTROL = {
     "BRA", "EXIT", "NOP", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "BAR", "DEPBAR", "LDGDEPBAR", "MEMBAR",
     "FENCE", "WARPGROUP", "CALL", "RET", "YIELD", "SYNCS", "ARRIVES", "ERRBAR", "ENDCOLLECTIVE", "CCTL",
-    "S2R", "LDC", "ULDC", "LDCU", "DEPBAR",
+    "S2R", "LDC", "ULDC", "LDCU",
 }  # fmt: skip
 """Take a place in the queue of instructions and no pipe that fills up."""
 SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS", "LDGSTS"}

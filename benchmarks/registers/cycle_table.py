@@ -16,9 +16,9 @@ KERNEL_COLUMNS = (
     "ALU", "sum", "exp", "smem", "L2 B", "bar", "wait", "step", "limit", "MFLOP", "rest", "TFLOP/s",
     "useful",
 )  # fmt: skip
-"""`fit`: programs a multiprocessor. `product`: tensor cycles with operands from shared memory. `ALU`: issue or
-the fuller pipe, `sum`: both pipes one after the other. `step`: predicted; `rest`: cycles around a loop
-over heads. `useful`: TFLOP/s without what unions repeat."""
+"""`fit`: programs a multiprocessor. `product`: tensor cycles, operands from shared memory with them. `ALU`:
+issue or the fuller pipe, `sum`: both pipes one after the other. `step`: predicted; `rest`: cycles around a
+loop over heads. `useful`: TFLOP/s without what unions repeat."""
 
 
 def kernel_records(compiled: Iterable[Compiled]) -> list[dict[str, Any]]:
@@ -37,7 +37,6 @@ def kernel_records(compiled: Iterable[Compiled]) -> list[dict[str, Any]]:
                 **asdict(kernel.resources),
                 "programs": kernel.resources.programs,
                 "a_warp": asdict(main.work),
-                "beside_products": kernel.main.beside.instructions,
                 "cycles": asdict(main.parts),
                 "step_cycles": main.cycles,
                 "limit": main.limit,

@@ -4,9 +4,9 @@
     python benchmarks/registers/model.py --only select sparse --gpu H200 --json cycles.json
     python benchmarks/registers/model.py --results FOLDER       beside the figures of kernels.py in it
 
-Compiles each kernel for sm_90 with its defaults (width 128, blocks of 128, 16 kept), counts the instructions
-of its main loop and predicts (rules: cycle_rules.py; counts: cycle_sass.py). Every time here is a prediction:
-what it is worth is the error beside what was measured.
+Compiles each kernel for sm_90 with its defaults (width 128, blocks of 128, 16 kept), counts the
+instructions of its main loop and predicts (rules: cycle_rules.py; counts: cycle_sass.py). Every time is a
+prediction: what it is worth is the error beside what was measured.
 """
 
 from __future__ import annotations
