@@ -84,7 +84,7 @@ def _kernel(operation: str, shape: Shape, name: str, compiled: Any) -> Kernel:
     constants = constexprs(compiled)
     role = ROLES[operation].get(name)
     instructions = parse(disassemble(cubin))
-    loop, main, around = sections(instructions, constants, role)
+    loop, main, around = sections(instructions, about.num_warps, constants, role)
     return Kernel(
         operation,
         shape.heads,
@@ -118,18 +118,21 @@ def constexprs(compiled: Any) -> dict[str, Any]:
 
 
 def sections(
-    instructions: Sequence[Instruction], constants: Mapping[str, Any], role: Role | None
+    instructions: Sequence[Instruction],
+    num_warps: int,
+    constants: Mapping[str, Any],
+    role: Role | None,
 ) -> tuple[str, Section, Section | None]:
     """The main loop's name and work; the work around it, where it goes over heads."""
     loops = main_loops(instructions)
     if not loops:
-        return "", section(instructions), None
+        return "", section(instructions, num_warps, False), None
     taken = main_loop(instructions, [(one.first, one.last) for one in loops])
     main = loops[taken]
     name = f"{taken + 1} of {len(loops)}"
     body = instructions[main.first : main.last + 1]
     share = role.rare(constants) if role else 1.0
-    inside = section(body, rare_branches(body), share)
+    inside = section(body, num_warps, True, rare_branches(body), share)
     if role is None or not role.heads_inside:
         return name, inside, None
     outer = [one for one in find_loops(instructions) if one.holds(main)]
@@ -138,7 +141,7 @@ def sections(
         instructions[whole.first : main.first],
         instructions[main.last + 1 : whole.last + 1],
     )
-    return name, inside, section([*before, *after])
+    return name, inside, section([*before, *after], num_warps, False)
 
 
 def rare_branches(body: Sequence[Instruction]) -> set[int]:
@@ -163,7 +166,7 @@ def program_step(kernel: Kernel, device: Device) -> tuple[Step, float, float]:
     flops = main.work.flops * kernel.resources.num_warps
     if kernel.around is None:
         return main, main.cycles, flops
-    around = step(kernel.around, kernel.resources, device, repeated=False)
+    around = step(kernel.around, kernel.resources, device)
     heads = kernel.heads // kernel.groups
     more = around.work.flops * kernel.resources.num_warps
     return main, heads * main.cycles + around.cycles, heads * flops + more

@@ -27,22 +27,23 @@ from dense2sparse.kernels import (
     triton_sparse_kl,
 )
 
-UNION_FACTORS = {1: 1.0, 4: 1.20, 8: 1.31, 16: 1.40, 32: 1.50, 64: 1.59}
-"""Blocks that so many neighbours select, over k: results/unions-smollm2.json, index branch, mean."""
+UNION_FACTORS = {1: 1.0, 4: 1.42, 8: 1.71, 16: 2.07, 32: 2.49, 64: 3.03}
+"""Blocks that so many neighbours select, over k: results/unions-smollm2.json, index branch, 16 of 256
+blocks, last quarter of the text; kernels.py takes these for long rows too."""
 
 Constants = Mapping[str, Any]
 
 
-def union_factor(tokens: float) -> float:
-    """Linear in the logarithm between the measured sizes; a tile of more than 64 tokens counts as 64."""
-    known = sorted(UNION_FACTORS)
+def union_factor(tokens: float, factors: Mapping[int, float] = UNION_FACTORS) -> float:
+    """Linear in the logarithm between the known sizes of a tile; beyond them as the last."""
+    known = sorted(factors)
     tokens = min(max(tokens, 1.0), known[-1])
     low = max(one for one in known if one <= tokens)
     high = min(one for one in known if one >= tokens)
     if low == high:
-        return UNION_FACTORS[low]
+        return factors[low]
     share = math.log(tokens / low) / math.log(high / low)
-    return UNION_FACTORS[low] + share * (UNION_FACTORS[high] - UNION_FACTORS[low])
+    return factors[low] + share * (factors[high] - factors[low])
 
 
 def _edges(shape: Shape) -> float:
@@ -52,7 +53,7 @@ def _edges(shape: Shape) -> float:
 
 def _over_unions(shape: Shape, constants: Constants) -> float:
     tokens = constants.get("TOKENS", constants.get("ROWS", 1))
-    return _edges(shape) * union_factor(tokens)
+    return _edges(shape) * union_factor(tokens, constants.get("UNIONS", UNION_FACTORS))
 
 
 def _main(shape: Shape) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from bench_table import (
     whole_bytes,
 )
 from cycle_compile import DECODE_LENGTHS, Compiled, Kernel, program_step
+from cycle_kernels import UNION_FACTORS
 from cycle_rules import Device
 
 LENGTHS = DECODE_LENGTHS
@@ -152,19 +153,33 @@ def side_bytes(part: str, shape: Shape) -> float:
     return 0.0
 
 
-def kernel_seconds(kernel: Kernel, shape: Shape, device: Device) -> float:
+@dataclass(frozen=True)
+class Measured:
+    """What kernels.py measured on a device."""
+
+    seconds: Mapping[tuple[str, int, int, int], float] = field(default_factory=dict)
+    """By operation, heads, groups and length."""
+    unions: Mapping[int, float] = field(default_factory=lambda: UNION_FACTORS)
+    """Of the selections that were measured: union factor by tokens of a tile."""
+
+
+def kernel_seconds(
+    kernel: Kernel, shape: Shape, device: Device, unions: Mapping[int, float] = UNION_FACTORS
+) -> float:
     """0 for kernels whose work no role states: they count as bytes or as launches."""
     if kernel.role is None:
         return 0.0
     _, cycles, flops = program_step(kernel, device)
-    units = kernel.role.flops(shape, kernel.constants) / max(flops, 1.0)
+    units = kernel.role.flops(shape, {**kernel.constants, "UNIONS": unions}) / max(flops, 1.0)
     busy = units * cycles / device.multiprocessors / device.clock_hz
     return max(busy, kernel.role.moved(shape) / device.bytes_per_s)
 
 
-def part_seconds(compiled: Compiled, shape: Shape, device: Device) -> float:
+def part_seconds(
+    compiled: Compiled, shape: Shape, device: Device, unions: Mapping[int, float] = UNION_FACTORS
+) -> float:
     """One operation's own kernels."""
-    seconds = sum(kernel_seconds(kernel, shape, device) for kernel in compiled.kernels)
+    seconds = sum(kernel_seconds(kernel, shape, device, unions) for kernel in compiled.kernels)
     seconds += side_bytes(compiled.operation, shape) / device.bytes_per_s
     # Elsewhere the queue hides launches.
     launches = compiled.launches[shape.length] if compiled.operation == "decode" else 0
@@ -198,7 +213,7 @@ def predict(
     compiled: Sequence[Compiled],
     device: Device,
     dense: Dense,
-    measured: Mapping[tuple[str, int, int, int], float],
+    measured: Measured,
 ) -> list[Predicted]:
     """All operations whose kernels were compiled, at all lengths that they are for."""
     found = {(one.operation, one.heads, one.groups): one for one in compiled}
@@ -223,7 +238,7 @@ def _row(
     shape: Shape,
     device: Device,
     dense: Dense,
-    measured: Mapping[tuple[str, int, int, int], float],
+    measured: Measured,
 ) -> Predicted:
     forward, training = dense.forward_s(shape), dense.training_s(shape)
     rivals = {
@@ -232,7 +247,7 @@ def _row(
         "backward": training - forward,
         "decode": dense.decode_s(shape, device),
     }
-    seconds = sum(part_seconds(part, shape, device) for part in parts)
+    seconds = sum(part_seconds(part, shape, device, measured.unions) for part in parts)
     seconds += rivals[entry.dense_part] if entry.dense_part else 0.0
     floor = max(entry.flops(shape) / device.floor_flops, entry.moved(shape) / device.bytes_per_s)
     rival = rivals[entry.against]
@@ -252,15 +267,17 @@ def _row(
         rival,
         seconds / rival if entry.cost else rival / seconds,
         goal,
-        measured.get((name, shape.heads, shape.groups, shape.length)),
+        measured.seconds.get((name, shape.heads, shape.groups, shape.length)),
     )
 
 
-def measurements(folder: Path, device: str) -> dict[tuple[str, int, int, int], float]:
-    """Seconds of (operation, heads, groups, length) on `device` from files of kernels.py in a folder.
+def measurements(folder: Path, device: str) -> Measured:
+    """Times on `device` from the files of kernels.py in a folder; of several kinds of data `model` counts.
 
-    Of several kinds of data `model` counts, whose unions are those that the prediction assumes.
+    The unions of the longest rows of that data stand for all, where records have them.
     """
+    unions: dict[int, float] = {1: 1.0}
+    longest = 0
     found: dict[tuple[str, int, int, int], tuple[bool, float]] = {}
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text())
@@ -280,7 +297,11 @@ def measurements(folder: Path, device: str) -> dict[tuple[str, int, int, int], f
             as_model = "model" in str(record.get("data"))
             if key not in found or as_model > found[key][0]:
                 found[key] = as_model, record["ms"] / 1e3
-    return {key: seconds for key, (_, seconds) in found.items()}
+            if as_model and record.get("union_factor") and record["length"] > longest:
+                longest = record["length"]
+                unions |= {int(n): factor for n, factor in record["union_factor"].items()}
+    seconds = {key: seconds for key, (_, seconds) in found.items()}
+    return Measured(seconds, unions if longest else UNION_FACTORS)
 
 
 def _is_default(record: Mapping[str, Any]) -> bool:

@@ -4,12 +4,10 @@ A step is one pass of a program's warps through its main loop.
 
   1. A multiprocessor cannot be faster than its busiest part: tensor cores, instructions issued, ALU or FMA
      pipe, exp2, shared memory, or its share of what the second-level cache delivers.
-  2. A program alone waits for its products: they run one after another, beside the instructions that stand
-     between a product's start and the wait for it. Instructions take the sum of their pipes, because the
-     two warps of a scheduler run the same code at the same time. Each wait costs WAIT_CYCLES more.
-  3. A step takes the larger of 1 and 2. Of several programs on a multiprocessor one computes while another
-     waits, so 2 is divided by their number. So it is for the warpgroups of one program where no barrier
-     in the loop keeps them in step.
+  2. A program alone takes what a replay of its loop takes (cycle_replay.py): it waits for products, copies
+     and barriers. Its warpgroups count as programs of their own where no barrier keeps them in step.
+  3. A step takes the larger of 1 and, divided by the programs on a multiprocessor, 2: while one program
+     waits another one computes.
 
 What the rules leave out: the first and last steps of a program, unequal programs, misses of the caches,
 bank conflicts, branches in the loop that are not taken. Called by model.py and its parts.
@@ -18,12 +16,11 @@ bank conflicts, branches in the loop that are not taken. Called by model.py and 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from cycle_replay import replay
 from cycle_sass import Instruction, Work, total, work_of
 
-WAIT_CYCLES = 60.0
-"""Assumed: a product's result is late by its pipeline's depth, and a barrier takes some too."""
 REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65536, 228 << 10, 64, 32
 """Of a multiprocessor of compute capability 9.0 (technical specifications, CUDA C++ Programming Guide)."""
 
@@ -36,10 +33,10 @@ class Device:
     bytes_per_s: float
     """Of its memory, as a large copy reaches it."""
     multiprocessors: int = 132
-    clock_hz: float = 1.7e9
-    """Under load; 1.83e9 at most."""
-    cache_bytes_per_s: float = 5.5e12
-    """Of the second-level cache, all multiprocessors together."""
+    clock_hz: float = 1.8e9
+    """Under load: tensor cycles that a profiler counted, against the FLOP/s of the same kernel."""
+    cache_bytes_per_s: float = 8.0e12
+    """Of the second-level cache, all multiprocessors together: the most that a kernel was seen to draw."""
     cache_bytes: float = 50e6
     floor_flops: float = 790e12
     """What the best matrix products reach."""
@@ -81,55 +78,27 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Event:
-    """A product that starts, or a wait for products, and what a warp does before it."""
-
-    before: Work
-    product: Work | None
-    """The instructions of one group; None: a wait."""
-    left: int = 0
-    """Groups that a wait leaves under way."""
-
-
-@dataclass(frozen=True)
 class Section:
     """Instructions that a warp runs through once."""
 
     whole: Work
-    events: tuple[Event, ...]
-    after: Work
-    """Behind the last event."""
+    alone: float
+    """Cycles of the warps that run in step, by themselves (rule 2)."""
 
 
 def section(
-    instructions: Sequence[Instruction], rare: Collection[int] = (), share: float = 1.0
+    instructions: Sequence[Instruction],
+    num_warps: int,
+    repeated: bool,
+    rare: Collection[int] = (),
+    share: float = 1.0,
 ) -> Section:
-    """Divide them at products and waits; instructions numbered in `rare` run in `share` of the passes."""
-    events: list[Event] = []
-    whole, before, group = Work(), Work(), Work()
+    """Of a program of `num_warps` warps; the rest as in cycle_replay.replay."""
+    whole = Work()
     for number, one in enumerate(instructions):
-        cost = work_of(one)
-        if number in rare:
-            cost = cost.scaled(share)
-        whole += cost
-        if one.name.startswith("WARPGROUP.DEPBAR"):
-            events.append(Event(before, None, int(one.operands.split("0x")[-1], 16)))
-            before = cost
-        elif one.is_tensor and one.base != "HMMA":
-            if not group.tensor:
-                events.append(Event(before, Work()))
-                before = Work()
-            group += cost
-            before += replace(cost, tensor=0.0, product=0.0)
-            events[_last_start(events)] = replace(events[_last_start(events)], product=group)
-            group = Work() if "gsb" in one.operands else group
-        else:
-            before += cost
-    return Section(whole, tuple(events), before)
-
-
-def _last_start(events: Sequence[Event]) -> int:
-    return max(i for i, event in enumerate(events) if event.product is not None)
+        whole += work_of(one).scaled(share if number in rare else 1.0)
+    in_step = num_warps if whole.barriers else min(num_warps, 4)
+    return Section(whole, replay(instructions, in_step, repeated, rare, share))
 
 
 @dataclass(frozen=True)
@@ -199,44 +168,12 @@ class Step:
     parts: Cycles
 
 
-def _alone(part: Work, num_warps: int, device: Device) -> float:
-    """Cycles of instructions beside which nothing else runs, but the warps' own other instructions."""
-    own = cycles(part, num_warps, device)
-    return max(own.issue, own.alu + own.fma, own.special, part.stalls)
-
-
-def waiting(part: Section, num_warps: int, device: Device, repeated: bool) -> float:
-    """Cycles of these warps alone on a multiprocessor: products in a queue, and the warps in theirs.
-
-    Args:
-        repeated: a loop, in the state that it comes to.
-    """
-    now = tensor_free = ended = begun = 0.0
-    done: list[float] = []
-    for _ in range(3 if repeated else 1):
-        begun = ended
-        for event in part.events:
-            now += _alone(event.before, num_warps, device)
-            if event.product is not None:
-                tensor_free = max(now, tensor_free)
-                tensor_free += cycles(event.product, num_warps, device).product
-                done.append(tensor_free)
-            elif len(done) > event.left:
-                now = max(now, done[-1 - event.left]) + WAIT_CYCLES
-        now += _alone(part.after, num_warps, device)
-        ended = now
-    return ended - begun
-
-
-def step(part: Section, resources: Resources, device: Device, repeated: bool = True) -> Step:
+def step(part: Section, resources: Resources, device: Device) -> Step:
     """The three rules."""
-    whole = part.whole
-    parts = cycles(whole, resources.num_warps, device)
+    parts = cycles(part.whole, resources.num_warps, device)
     limit, least = parts.busiest
-    in_step = whole.barriers > 0 or resources.num_warps <= 4
-    alone = waiting(part, resources.num_warps if in_step else 4, device, repeated)
-    alone /= resources.programs
-    return Step(max(alone, least), "wait" if alone > least else limit, whole, parts)
+    alone = part.alone / resources.programs
+    return Step(max(alone, least), "wait" if alone > least else limit, part.whole, parts)
 
 
 def main_loop(instructions: Sequence[Instruction], spans: Sequence[tuple[int, int]]) -> int:

@@ -14,7 +14,7 @@ Costs are cycles of one scheduler (a quarter of a multiprocessor) unless they sa
     4096 FLOPs a cycle and multiprocessor. A product m64nNk16 is 2048 N FLOPs: N / 2 cycles. One of
     fp8 (k32) has twice the FLOPs in the same time.
   - shared memory: 128 bytes a cycle and multiprocessor.
-  - stall counts: bits 105 to 108 of an instruction (arXiv 1804.06826).
+  - stall counts and scoreboards: bits 105 to 121 of an instruction (arXiv 1804.06826).
 """
 
 from __future__ import annotations
@@ -61,6 +61,12 @@ class Instruction:
     operands: str
     stall: int
     """Cycles until the same warp may issue its next instruction."""
+    written: int = 7
+    """Scoreboard that is free when the result is there; 7: none."""
+    read: int = 7
+    """Scoreboard that is free when the operands were read; 7: none."""
+    waits_for: int = 0
+    """A bit for each of the six scoreboards."""
 
     @property
     def base(self) -> str:
@@ -101,10 +107,13 @@ def parse(listing: str) -> list[Instruction]:
         predicate = words[0] if words[0].startswith("@") else ""
         name, _, operands = match[2].removeprefix(predicate).strip().partition(" ")
         behind = _CONTROL.match(lines[number + 1]) if number + 1 < len(lines) else None
-        stall = int(behind[1], 16) >> 41 & 15 if behind else 1
+        bits = int(behind[1], 16) >> 41 if behind else 1 | 7 << 5 | 7 << 8
         found.append(
-            Instruction(int(match[1], 16), predicate, name, operands.strip(), max(1, stall))
-        )
+            Instruction(
+                int(match[1], 16), predicate, name, operands.strip(), stall=max(1, bits & 15),
+                written=bits >> 5 & 7, read=bits >> 8 & 7, waits_for=bits >> 11 & 63,
+            )
+        )  # fmt: skip
     return found
 
 

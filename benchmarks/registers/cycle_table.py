@@ -13,12 +13,13 @@ from cycle_rules import DEVICES, Device, bytes_moved
 
 KERNEL_COLUMNS = (
     "kernel", "heads", "loop", "warps", "regs", "spill", "shared", "fit", "instr", "tensor", "product",
-    "ALU", "sum", "exp", "smem", "L2 B", "bar", "wait", "step", "limit", "MFLOP", "rest", "TFLOP/s",
-    "useful",
+    "ALU", "sum", "exp", "smem", "L2 B", "bar", "wait", "alone", "step", "limit", "MFLOP", "rest",
+    "TFLOP/s", "useful",
 )  # fmt: skip
-"""`fit`: programs a multiprocessor. `product`: tensor cycles, operands from shared memory with them. `ALU`:
-issue or the fuller pipe, `sum`: both pipes one after the other. `step`: predicted; `rest`: cycles around a
-loop over heads. `useful`: TFLOP/s without what unions repeat."""
+"""`det`: of a deterministic mode. `fit`: programs a multiprocessor. `product`: tensor cycles, operands from
+shared memory with them. `ALU`: issue or the fuller pipe, `sum`: both pipes one after the other. `alone`:
+the replay. `step`: predicted; `rest`: cycles around a loop over heads. `useful`: without what unions
+repeat."""
 
 
 def kernel_records(compiled: Iterable[Compiled]) -> list[dict[str, Any]]:
@@ -38,6 +39,7 @@ def kernel_records(compiled: Iterable[Compiled]) -> list[dict[str, Any]]:
                 "programs": kernel.resources.programs,
                 "a_warp": asdict(main.work),
                 "cycles": asdict(main.parts),
+                "alone_cycles": kernel.main.alone,
                 "step_cycles": main.cycles,
                 "limit": main.limit,
                 "tflops": {name: tflops(kernel, device) for name, device in DEVICES.items()},
@@ -72,12 +74,16 @@ def _cells(kernel: Kernel) -> list[str]:
     counts = [
         held.num_warps, held.registers, held.spill_bytes, held.shared_bytes, held.programs,
         work.instructions, parts.tensor, parts.product, parts.pipes, parts.alu + parts.fma, parts.special,
-        parts.shared, bytes_moved(work, held.num_warps), work.barriers, work.waits, main.cycles,
+        parts.shared, bytes_moved(work, held.num_warps), work.barriers, work.waits,
+        kernel.main.alone, main.cycles,
     ]  # fmt: skip
+    mode = " det" if kernel.operation.endswith("deterministic") else ""
+    # Copies by the tensor memory accelerator name no size in SASS: their bytes are missing here.
+    loop = kernel.loop + (" TMA" if work.bulk_copies else "")
     return [
-        kernel.name,
+        kernel.name + mode,
         f"{kernel.heads}/{kernel.groups}",
-        kernel.loop,
+        loop,
         *(f"{count:.0f}" for count in counts),
         main.limit,
         f"{work.flops * held.num_warps / 1e6:.2f}",

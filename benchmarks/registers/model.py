@@ -95,10 +95,11 @@ def main() -> int:
     print(f"Triton {triton.__version__}, sm_{options.arch}. Cycles of a multiprocessor a step.")
     print("\n".join(kernel_table(compiled)))
     device = DEVICES[options.gpu]
-    rows = predict(compiled, device, dense, measurements(options.results, device.name))
+    measured = measurements(options.results, device.name)
+    rows = predict(compiled, device, dense, measured)
     print(
         f"\nPredicted for one {device.name}; dense: {options.dense_forward:g} TFLOP/s, with backward "
-        f"{options.dense_training:g}."
+        f"{options.dense_training:g}; unions {dict(measured.unions)}."
     )
     print("\n".join(operation_table(rows)))
     if options.json:
