@@ -310,7 +310,7 @@ def test_three_launches_at_128k_and_1m_tokens(num_blocks, monkeypatch):
     """As many blocks as 128K and 1M tokens have in blocks of 128, at the default limits."""
     case = make_case(length=num_blocks * 16 - 5, groups=1, block_size=16, top_k=3, seed=3)
     names = counted(monkeypatch)
-    # Of 8192 blocks the leaders of 256 shares come first, of 1024 all are looked at. Few steps: large tiles.
+    # Of 8192 blocks the leaders of 256 shares come first; large tiles make few steps.
     select = SelectLaunch(programs=256, keys=512, chunk=1024, num_warps=4, num_stages=1)
     launch = replace(TILES, select=select)
     assert uses_leaders(case, select) == (num_blocks > 1024)
@@ -320,8 +320,7 @@ def test_three_launches_at_128k_and_1m_tokens(num_blocks, monkeypatch):
     torch.testing.assert_close(out.double(), define(case), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("top_k", [1, 3, 8])
+@pytest.mark.parametrize("top_k, documents", [(1, False), (3, True), (8, False)])
 def test_the_best_blocks_lie_in_the_shares_that_lead(top_k, documents):
     """Ties everywhere, short rows whose shares are empty, blocks of several tiles and several in one."""
     for block_size, keys in ((16, 64), (32, 16)):
@@ -341,14 +340,14 @@ def test_the_best_blocks_lie_in_the_shares_that_lead(top_k, documents):
 
 def uses_leaders(case, launch):
     ranked = triton_decode_select.rank(
-        case["index_q"], case["index_k"], None, None,
+        case["index_q"], case["index_k"].nan_to_num(), None, None,
         block_size=case["block_size"], top_k=case["top_k"], launch=launch,
     )  # fmt: skip
     return ranked.shape["SHARES"] > 0
 
 
 def test_two_runs_give_the_same_bits():
-    case = make_case(length=600, batch=2, documents=True, ragged=True, block_size=16, top_k=5)
+    case = make_case(length=400, batch=2, documents=True, ragged=True, block_size=16, top_k=5)
     for repeated in (OWN_LAUNCH, 1 << 30):
         launch = replace(TILES, repeated=repeated, select=replace(SMALL, chunk=64))
         assert torch.equal(triton(case, launch), triton(case, launch))
