@@ -9,7 +9,12 @@ from typing import Any
 
 from bench_data import Inputs
 
-from dense2sparse.kernels import triton_attend_backward, triton_kl, triton_sparse_kl
+from dense2sparse.kernels import (
+    triton_attend_backward,
+    triton_decode,
+    triton_kl,
+    triton_sparse_kl,
+)
 from dense2sparse.kernels.triton_support import Launch
 
 ANY = 1 << 30
@@ -62,12 +67,34 @@ def sparse_launches(inputs: Inputs) -> list[Any]:
 
 
 def decode_launches(inputs: Inputs) -> list[Any]:
-    repeats = inputs.shape.heads // inputs.shape.groups
-    keys = [size for size in (16, 32, 64, 128) if size <= inputs.shape.block_size]
-    return [
-        Launch(max(16, 1 << (repeats - 1).bit_length()), size, warps, 1)
-        for size, warps in product(keys, (1, 2, 4, 8))
+    """Pieces of the attention, then shares and tiles of the scores, then launches as they once were."""
+    shape = inputs.shape
+    usual = triton_decode.default_launch(
+        shape.width,
+        shape.index_width,
+        shape.heads,
+        shape.groups,
+        shape.block_size,
+        inputs.q.dtype,
+    )
+    pieces = [size for size in (32, 64, 128) if size <= shape.block_size]
+    steps = product(pieces, (16, 32, 64), (2, 4, 8), (1, 3, 5))
+    found = [
+        replace(usual, piece=piece, attend=Launch(usual.attend.rows, keys, warps, stages))
+        for piece, keys, warps, stages in steps
+        if keys <= piece and stages - 1 <= piece // keys
     ]
+    for programs, (keys, stages) in product(
+        (128, 256, 264, 384, 512), ((64, 3), (64, 4), (64, 6), (128, 2), (128, 3))
+    ):
+        select = replace(usual.select, programs=programs, keys=keys, num_stages=stages)
+        found.append(replace(usual, select=select))
+    ordinary = replace(usual.select, overlap=False)
+    found.append(replace(usual, repeated=ANY))
+    found.append(replace(usual, select=ordinary))
+    # No programmatic launch and the last top-k in a launch of its own: the first design.
+    first = replace(ordinary, programs=264, keys=128, num_stages=3)
+    return [*found, replace(usual, repeated=0), replace(usual, select=first, repeated=0)]
 
 
 def backward_launches(deterministic: bool, inputs: Inputs) -> list[Any]:

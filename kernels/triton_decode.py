@@ -57,8 +57,8 @@ class DecodeLaunch:
     piece: int
     """Keys of a block that one program of the attention walks over; a multiple of `attend.keys`."""
     repeated: int = REPEATED
-    """Most programs of the attention that repeat the last top-k, each for itself; where there are more,
-    it runs once a row, in a launch of its own."""
+    """Most programs of the attention that repeat the last top-k, each for itself; where there are more, the
+    top-k runs once a row and group, in a launch of its own."""
 
 
 @triton.jit(do_not_specialize=["num_keys", "count", "splits"])
@@ -194,6 +194,8 @@ def default_launch(
         select=default_select_launch(index_width, groups, dtype),
         attend=Launch(rows=rows, keys=keys, num_warps=num_warps, num_stages=3),
         piece=piece,
+        # In float32 Triton 3.6 spills where top-k and products share a program.
+        repeated=0 if dtype == torch.float32 else REPEATED,
     )
 
 

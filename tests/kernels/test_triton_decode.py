@@ -1,6 +1,7 @@
 """Triton decoding under the interpreter against float64 definitions; beyond a row the cache holds NaN."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ SHAPES = settings(
 NAMES = ("q", "k", "v", "index_q", "index_k")
 SMALL = SelectLaunch(programs=6, keys=32, chunk=4, num_warps=4, num_stages=1)
 """Several tiles, splits and top-k levels in short rows."""
+OWN_LAUNCH = 0
+"""`repeated` for a last top-k in a launch of its own."""
 TILES = DecodeLaunch(SMALL, Launch(rows=32, keys=32, num_warps=4, num_stages=1), piece=64)
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -135,9 +138,10 @@ def chosen(case, launch=SMALL):
 
 
 @SHAPES
-@given(cases())
-def test_decode_equals_the_definition(case):
-    torch.testing.assert_close(triton(case).double(), define(case), rtol=0, atol=2e-6)
+@given(cases(), st.sampled_from([OWN_LAUNCH, 1 << 30]), st.sampled_from([4, 64]))
+def test_decode_equals_the_definition(case, repeated, chunk):
+    launch = replace(TILES, repeated=repeated, select=replace(SMALL, chunk=chunk))
+    torch.testing.assert_close(triton(case, launch).double(), define(case), rtol=0, atol=2e-6)
 
 
 @SHAPES
@@ -275,6 +279,78 @@ def test_nothing_asks_the_device_for_a_value(monkeypatch):
     # A tensor without memory has no value to give: .item(), .tolist() and a branch on it raise.
     assert triton_decode.sparse_decode(**moved).shape == case["q"].shape
     assert len(grids) == 4
+
+
+def counted(monkeypatch):
+    """A list that grows by the name of each kernel that is launched."""
+    names = []
+
+    class Counted:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for module, kernels in (
+        (triton_decode, ("_attend_piece", "_merge_pieces")),
+        (triton_decode_select, ("_last_starts", "_block_scores", "_keep_best")),
+    ):
+        for name in kernels:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), name))
+    return names
+
+
+THREE = ["_block_scores", "_attend_piece", "_merge_pieces"]
+
+
+@pytest.mark.parametrize("num_blocks", [1024, 8192])
+def test_three_launches_at_128k_and_1m_tokens(num_blocks, monkeypatch):
+    """As many blocks as 128K and 1M tokens have in blocks of 128, at the default limits."""
+    case = make_case(length=num_blocks * 16 - 5, groups=1, block_size=16, top_k=3, seed=3)
+    names = counted(monkeypatch)
+    # Of 8192 blocks the leaders of 256 shares come first; large tiles make few steps.
+    select = SelectLaunch(programs=256, keys=512, chunk=1024, num_warps=4, num_stages=1)
+    launch = replace(TILES, select=select)
+    assert uses_leaders(case, select) == (num_blocks > 1024)
+    names.clear()
+    out = triton(case, launch)
+    assert names == THREE
+    torch.testing.assert_close(out.double(), define(case), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("top_k, documents", [(1, False), (3, True), (8, False)])
+def test_the_best_blocks_lie_in_the_shares_that_lead(top_k, documents):
+    """Ties everywhere, short rows whose shares are empty, blocks of several tiles and several in one."""
+    for block_size, keys in ((16, 64), (32, 16)):
+        case = make_case(
+            length=1300, batch=3, groups=2, documents=documents, ragged=True,
+            block_size=block_size, top_k=top_k, seed=top_k,
+        )  # fmt: skip
+        case["lengths"][0], case["lengths"][1] = 1, block_size + 1
+        case["index_q"] = (case["index_q"] * 0.5).round()
+        case["index_k"] = (case["index_k"] * 0.5).round()
+        launch = SelectLaunch(programs=48, keys=keys, chunk=16, num_warps=4, num_stages=1)
+        launch = replace(launch, chunk=16 if block_size == 32 else 64)
+        assert uses_leaders(case, launch) == (block_size == 16 or top_k < 8)
+        ids, expected = chosen(case, launch)
+        assert torch.equal(ids, expected)
+
+
+def uses_leaders(case, launch):
+    ranked = triton_decode_select.rank(
+        case["index_q"], case["index_k"].nan_to_num(), None, None,
+        block_size=case["block_size"], top_k=case["top_k"], launch=launch,
+    )  # fmt: skip
+    return ranked.shape["SHARES"] > 0
+
+
+def test_two_runs_give_the_same_bits():
+    case = make_case(length=400, batch=2, documents=True, ragged=True, block_size=16, top_k=5)
+    for repeated in (OWN_LAUNCH, 1 << 30):
+        launch = replace(TILES, repeated=repeated, select=replace(SMALL, chunk=64))
+        assert torch.equal(triton(case, launch), triton(case, launch))
 
 
 def test_pieces_of_blocks_never_change_the_result():
