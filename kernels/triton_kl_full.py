@@ -150,9 +150,10 @@ def _difference(
     PARTS: tl.constexpr = TILE // ROWS
     # Neighbouring programs share the keys, and those that run together the heads' queries.
     part, first = tl.program_id(0), tl.program_id(1) * KEYS
-    plane = tl.program_id(2).to(tl.int64)
+    # 32 bits: what is needed after the loop of heads stays in registers.
+    plane = tl.program_id(2)
     batch, group = plane // groups, plane % groups
-    first_query = tl.load(tiles + batch * stride_tiles + first_place + part // PARTS) * TILE
+    first_query = tl.load(tiles + batch.to(tl.int64) * stride_tiles + first_place + part // PARTS) * TILE
     begin, end = _tile_bounds(starts, batch, first_query, num_tokens, TILE, DOCUMENTS)
     first_query += (part % PARTS) * ROWS
     total = 0.0
@@ -162,22 +163,23 @@ def _difference(
         # A part of a tile may begin past the last token.
         row = tl.minimum(slot, num_tokens - 1 - first_query)
         base = first_query.to(tl.int64)
-        keys += batch * stride_kb + group * stride_kg
+        keys += batch.to(tl.int64) * stride_kb + group.to(tl.int64) * stride_kg
         k = tl.trans(load_keys(keys, first, stride_k, num_tokens, KEYS, WIDTH, WIDTH_P))
         teacher = teacher_tile(
-            k, queries + batch * stride_qb + base * stride_qt,
-            lse + batch * groups * repeats * num_tokens + base,
-            row, group * repeats, repeats, stride_qh, stride_qt, num_tokens, scale, WIDTH, WIDTH_P,
+            k, queries + batch.to(tl.int64) * stride_qb + base * stride_qt,
+            lse + (batch * groups * repeats).to(tl.int64) * num_tokens + base,
+            row, (group * repeats).to(tl.int64), repeats, stride_qh, stride_qt, num_tokens, scale, WIDTH, WIDTH_P,
         )  # fmt: skip
         # Bounds of their own: the same ones would be kept in registers over the loop of heads.
         row = tl.minimum(slot, tl.minimum(num_tokens - first_query, ROWS) - 1)
-        index_queries += batch * stride_iqb + group * stride_iqg + base * stride_iqt
+        index_queries += batch.to(tl.int64) * stride_iqb + group.to(tl.int64) * stride_iqg
+        index_queries += base * stride_iqt
         index_q = load_rows(index_queries, row, stride_iqt, INDEX, INDEX_P)
-        index_keys += batch * stride_ikb
+        index_keys += batch.to(tl.int64) * stride_ikb
         bound = tl.minimum(num_tokens, first + KEYS)
         index_k = load_keys(index_keys, first, stride_ik, bound, KEYS, INDEX, INDEX_P)
         log_student = tl.dot(index_q, tl.trans(index_k), input_precision="ieee") * index_scale
-        log_student -= tl.load(index_lse + plane * num_tokens + base + row)[:, None]
+        log_student -= tl.load(index_lse + plane.to(tl.int64) * num_tokens + base + row)[:, None]
         past_begin, past_end = _all_past(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
         if (first < past_begin) | (first + KEYS > past_end):
             support = _support(starts, batch, first_query, first, num_tokens, ROWS, KEYS, DOCUMENTS)
@@ -189,10 +191,10 @@ def _difference(
         total = tl.sum(teacher * (log_teacher - log_student))
         if GRAD:
             difference = tl.math.exp2(log_student) - teacher
-            to = scratch + plane * stride_sp + (part * ROWS).to(tl.int64) * stride_st
+            to = scratch + plane.to(tl.int64) * stride_sp + (part * ROWS).to(tl.int64) * stride_st
             to += slot[:, None] * stride_st + (first + tl.arange(0, KEYS))[None, :]
             tl.store(to, difference.to(scratch.dtype.element_ty))
-    at = (plane * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + part
+    at = (plane.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + part
     tl.store(divergences + at, total)
 
 
@@ -288,12 +290,16 @@ def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaun
             key=small,
         )
     # Of the queries of one head and the keys, `keys` decides how much is read for a product.
+    difference = Launch(rows=64, keys=128, num_warps=4, num_stages=2, programs=3)
+    if padded_width(width) > 128:
+        difference = Launch(rows=64, keys=64, num_warps=4, num_stages=2)
     return FullLaunch(
         tile=128,
-        student=Launch(rows=64, keys=64, num_warps=4, num_stages=2),
-        difference=Launch(rows=64, keys=128, num_warps=4, num_stages=2),
-        query=Launch(rows=64, keys=64, num_warps=4, num_stages=3),
-        key=Launch(rows=64, keys=64, num_warps=4, num_stages=3),
+        student=Launch(rows=128, keys=64, num_warps=4, num_stages=2),
+        difference=difference,
+        # The gradients wait for memory: large tiles read index q and k less often.
+        query=Launch(rows=128, keys=64, num_warps=8, num_stages=3),
+        key=Launch(rows=64, keys=min(128, difference.keys), num_warps=8, num_stages=3),
     )
 
 
