@@ -78,7 +78,7 @@ def _support(
     return support
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _student(
     index_queries, index_keys, index_lse, starts, tiles,
     stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik, stride_tiles,
@@ -110,7 +110,7 @@ def _student(
     tl.store(to, student_lse(row_max, row_sum), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_place", "num_tokens"])
 def _difference(
     queries, keys, lse, index_queries, index_keys, index_lse, starts, tiles, divergences, scratch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,
@@ -162,7 +162,7 @@ def _difference(
     tl.store(divergences + at, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_place", "num_tokens"])
 def _query_gradient(
     scratch, index_keys, starts, tiles, partial,
     stride_ikb, stride_ik, stride_tiles, stride_sp, stride_st,
@@ -194,7 +194,7 @@ def _query_gradient(
     tl.store(to, acc, mask=(channel < INDEX)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_place", "last_place", "num_tokens"])
 def _key_gradient(
     scratch, index_queries, tiles, begins, ends, grad_k,
     stride_iqb, stride_iqg, stride_iqt, stride_tiles, stride_bounds, stride_sp, stride_st, stride_gb,
@@ -246,12 +246,15 @@ def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaun
             difference=Launch(rows=32, keys=32, num_warps=4, num_stages=1),
             gradient=Launch(rows=16, keys=16, num_warps=8, num_stages=1),
         )
-    # Of queries and keys of one head, `keys` decides how much is read for a product.
-    stages = 2 if padded_width(width) <= 128 else 1
+    # Of queries and keys of one head, `keys` decides how much is read for a product. Two programs a
+    # multiprocessor: one takes exponentials while the other multiplies.
+    difference = Launch(rows=64, keys=128, num_warps=8, num_stages=3, programs=2)
+    if padded_width(width) > 128:
+        difference = Launch(rows=64, keys=128, num_warps=8, num_stages=1)
     return FullLaunch(
         tile=128,
         student=Launch(rows=128, keys=64, num_warps=8, num_stages=2),
-        difference=Launch(rows=64, keys=128, num_warps=8, num_stages=stages),
+        difference=difference,
         gradient=Launch(rows=64, keys=64, num_warps=8, num_stages=2),
     )
 
@@ -319,7 +322,7 @@ class FullRows:
             self.tiles.stride(0), groups, num_tokens, index_scale,
             ROWS=self.launch.tile, KEYS=launch.keys, INDEX=index_width, INDEX_P=padded_width(index_width),
             DOCUMENTS=self.starts is not None,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **launch.options,
         )  # fmt: skip
         return index_lse
 
@@ -342,7 +345,7 @@ class FullRows:
             TILE=self.launch.tile, ROWS=launch.rows, KEYS=launch.keys,
             WIDTH=width, WIDTH_P=padded_width(width), INDEX=index_width, INDEX_P=padded_width(index_width),
             GRAD=need_grad, DOCUMENTS=self.starts is not None,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **launch.options,
         )  # fmt: skip
         return divergences.sum(dtype=torch.float64)
 
@@ -362,7 +365,7 @@ class FullRows:
             first, groups, num_tokens,
             ROWS=tile, KEYS=launch.keys, PIECE=PIECE_TOKENS,
             INDEX=index_width, INDEX_P=padded_width(index_width), DOCUMENTS=self.starts is not None,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **launch.options,
         )  # fmt: skip
         return partial.sum(dim=0)
 
@@ -378,7 +381,7 @@ class FullRows:
             grad_k.stride(0), first, last, groups, num_tokens,
             TILE=self.launch.tile, ROWS=launch.rows, KEYS=launch.keys,
             INDEX=index_width, INDEX_P=padded_width(index_width),
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **launch.options,
         )  # fmt: skip
 
 
