@@ -103,9 +103,19 @@ def backward_launches(deterministic: bool, inputs: Inputs) -> list[Any]:
     usual = triton_attend_backward.default_launch(
         shape.width, repeats, block, inputs.q.dtype, deterministic
     )
+    likely = [
+        Launch(64, 64, 4, 2),
+        Launch(32, 64, 4, 3),
+        Launch(32, 64, 4, 2),
+        Launch(64, 128, 8, 2),
+        Launch(32, 128, 8, 4),
+    ]
+    by_key = _likely(likely, _grid((32, 64, 128), (32, 64, 128), block))
+    found: list[Any] = [
+        replace(usual, by_key=replace(one, keys=min(one.keys, block))) for one in by_key
+    ]
     if deterministic:
-        return [replace(usual, by_query=one) for one in _grid((64, 128), (32, 64, 128), block)]
-    found = [replace(usual, by_key=one) for one in _grid((32, 64, 128), (32, 64, 128), block)]
+        found += [replace(usual, by_query=one) for one in _grid((64, 128), (32, 64, 128), block)]
     return found + [replace(usual, chunk=size) for size in (512, 1024, 2048, 4096, 8192)]
 
 
@@ -128,11 +138,18 @@ def full_kl_launches(inputs: Inputs) -> list[Any]:
     ]
 
 
-def sparse_kl_launches(deterministic: bool, inputs: Inputs) -> list[Any]:
+def sparse_kl_launches(inputs: Inputs) -> list[Any]:
     shape = inputs.shape
-    block = shape.block_size
-    usual = triton_sparse_kl.default_launch(shape.width, shape.index_width, block, inputs.q.dtype)
-    if deterministic:  # rows are those of the student: one union serves both
-        rows = (usual.student.rows,)
-        return [replace(usual, query_tile=one) for one in _grid(rows, (32, 64, 128), block)]
-    return [replace(usual, key_tile=one) for one in _grid((32, 64, 128), (32, 64, 128), block)]
+    block, repeats = shape.block_size, shape.heads // shape.groups
+    usual = triton_sparse_kl.default_launch(
+        shape.width, shape.index_width, repeats, block, inputs.q.dtype
+    )
+    likely = [
+        replace(usual, difference=Launch(64, 64, 4, 2)),
+        replace(usual, difference=Launch(64, 64, 4, 3)),
+        replace(usual, difference=Launch(128, 64, 8, 2)),
+        replace(usual, gradient=Launch(64, 64, 4, 3)),
+        replace(usual, gradient=Launch(128, 128, 8, 3)),
+    ]
+    differences = [replace(usual, difference=one) for one in _grid((64, 128), (32, 64), block)]
+    return [*likely, *(one for one in differences if one not in likely)]

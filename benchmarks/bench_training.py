@@ -162,13 +162,13 @@ def _full_kl_of(inputs: Inputs, left: Left, fraction: float, launch: Any) -> Any
     )
 
 
-def _sparse_kl(deterministic: bool, inputs: Inputs, launch: Any) -> Call:
+def _sparse_kl(inputs: Inputs, launch: Any) -> Call:
     left = _sparse_left(inputs)
     left.out = left.grad_out = left.out[:0]
-    return lambda: Made(left, kl=_sparse_kl_of(inputs, left, deterministic, launch))
+    return lambda: Made(left, kl=_sparse_kl_of(inputs, left, launch))
 
 
-def _sparse_kl_of(inputs: Inputs, left: Left, deterministic: bool, launch: Any) -> Any:
+def _sparse_kl_of(inputs: Inputs, left: Left, launch: Any) -> Any:
     assert left.block_ids is not None
     return triton_sparse_kl.sparse_kl(
         inputs.q,
@@ -181,7 +181,6 @@ def _sparse_kl_of(inputs: Inputs, left: Left, deterministic: bool, launch: Any) 
         **_kl_scales(inputs),
         block_size=inputs.shape.block_size,
         need_grad=True,
-        deterministic=deterministic,
         launch=launch,
     )
 
@@ -280,7 +279,7 @@ def _right_full_kl(inputs: Inputs, made: Made) -> Verdict:
 
 def _right_sparse_kl(inputs: Inputs, made: Made) -> Verdict:
     def value_of(part: Inputs, left: Left) -> Tensor:
-        return _sparse_kl_of(part, left, False, None)[0]
+        return _sparse_kl_of(part, left, None)[0]
 
     return first_fault(_right(inputs, made), check_kl_value(inputs, made.left, value_of))
 
@@ -346,14 +345,8 @@ TRAINING: tuple[Operation, ...] = (
         "sparse kl",
         flops=sparse_kl_flops,
         moved=kl_bytes,
-        implementations=tuple(
-            Implementation(
-                name,
-                partial(_sparse_kl, deterministic),
-                _right_sparse_kl,
-                candidates=partial(sparse_kl_launches, deterministic),
-            )
-            for name, deterministic in (("triton", False), ("triton deterministic", True))
+        implementations=(
+            Implementation("triton", _sparse_kl, _right_sparse_kl, candidates=sparse_kl_launches),
         ),
         dense="dense training",
         by_selection=True,
