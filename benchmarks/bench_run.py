@@ -29,8 +29,9 @@ from torch import Tensor
 
 from dense2sparse.kernels.triton_select import select
 
-MOST_COPIES = 64
-"""Copies of the inputs that a decoding graph goes through."""
+LEAST_COPIES, MOST_COPIES = 8, 64
+"""Copies of the inputs that a decoding graph goes through, as it would through layers: its own launch does
+then not count as a step."""
 CASE_S = 60.0
 """A measurement that takes longer, compilation included, hangs; others' compilers get three times that."""
 SHAPE = (
@@ -184,7 +185,8 @@ class Runner:
     def decode_inputs(self, shape: Shape, data: str = "random") -> list[Inputs]:
         """Copies that together do not fit into the cache."""
         each = shape.batch * shape.length * (2 * shape.groups * shape.width + shape.index_width) * 2
-        count = min(MOST_COPIES, -(-CACHE_BYTES // each)) if self.bench.cuda else 2
+        count = max(LEAST_COPIES, min(MOST_COPIES, -(-CACHE_BYTES // each)))
+        count = count if self.bench.cuda else 2
         common: dict[str, Any] = {"dtype": self.dtype, "device": self.bench.device, "queries": 1}
         return [random_inputs(shape, **common, seed=self.plan.seed + n) for n in range(count)]
 
