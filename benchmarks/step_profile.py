@@ -14,6 +14,7 @@ from dense2sparse.kernels import (
     triton_attend_dkv,
     triton_attend_dq,
     triton_kl_full,
+    triton_kl_gradients,
     triton_select,
     triton_sparse_kl,
     triton_unions,
@@ -23,7 +24,7 @@ SOURCES: tuple[tuple[str, tuple[ModuleType, ...]], ...] = (
     ("select", (triton_select,)),
     ("attend forward", (triton_attend,)),
     ("attend backward", (triton_attend_dkv, triton_attend_dq)),
-    ("kl", (triton_kl_full, triton_sparse_kl)),
+    ("kl", (triton_kl_full, triton_kl_gradients, triton_sparse_kl)),
     ("unions and lists", (triton_unions,)),
 )
 """Groups of our own kernels, by the files that define them."""
