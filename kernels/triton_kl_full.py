@@ -87,7 +87,7 @@ def _all_past(starts, batch, first_query, num_tokens, ROWS: tl.constexpr, DOCUME
     return begin, end
 
 
-@triton.jit(do_not_specialize=["groups", "num_tokens"])
+@triton.jit(do_not_specialize=["stride_tiles", "groups", "num_tokens"])
 def _student(
     index_queries, index_keys, index_lse, starts, tiles,
     stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik, stride_tiles,
@@ -129,7 +129,7 @@ def _student(
     tl.store(to, row_max + tl.math.log2(tl.maximum(row_sum, LEAST)), mask=valid)
 
 
-@triton.jit(do_not_specialize=["first_place", "groups", "num_tokens", "repeats"])
+@triton.jit(do_not_specialize=["stride_tiles", "first_place", "groups", "num_tokens", "repeats"])
 def _difference(
     queries, keys, lse, index_queries, index_keys, index_lse, starts, tiles, divergences, scratch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,

@@ -26,7 +26,8 @@ def tile_bounds(
     return begin, tl.minimum(first_query + TILE, num_tokens)
 
 
-@triton.jit(do_not_specialize=["first_place", "groups", "num_tokens"])
+# Numbers that change from launch to launch would compile a kernel for each divisibility.
+@triton.jit(do_not_specialize=["stride_tiles", "first_place", "groups", "num_tokens"])
 def query_gradient_kernel(
     scratch, index_keys, starts, tiles, partial,
     stride_ikb, stride_ik, stride_tiles, stride_sp, stride_st,
@@ -60,7 +61,11 @@ def query_gradient_kernel(
     tl.store(to, acc, mask=(channel < INDEX)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_place", "last_place", "groups", "num_tokens", "share"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_tiles", "stride_bounds", "first_place", "last_place", "groups", "num_tokens", "share",
+    ]
+)  # fmt: skip
 def key_gradient_kernel(
     scratch, index_queries, tiles, begins, ends, grad_k,
     stride_iqb, stride_iqg, stride_iqt, stride_tiles, stride_bounds, stride_sp, stride_st,
