@@ -123,11 +123,11 @@ def full_kl_launches(inputs: Inputs) -> list[Any]:
     shape = inputs.shape
     usual = triton_kl.default_launch(shape.width, shape.index_width, inputs.q.dtype)
     likely = [
+        replace(usual, difference=Launch(64, 128, 4, 2, programs=3)),
         usual,
-        replace(usual, difference=Launch(64, 128, 4, 2)),
-        replace(usual, difference=Launch(64, 128, 4, 2, 3)),
-        replace(usual, difference=Launch(64, 64, 4, 3, 3)),
-        replace(usual, key=Launch(64, 128, 8, 3)),
+        replace(usual, difference=Launch(64, 128, 4, 3)),
+        replace(usual, query=Launch(64, 64, 4, 3), key=Launch(64, 64, 4, 3)),
+        replace(usual, student=Launch(128, 128, 4, 2)),
     ]
     return [
         *likely,

@@ -14,6 +14,7 @@ from dense2sparse.kernels import (
     triton_attend_dkv,
     triton_attend_dq,
     triton_kl_full,
+    triton_kl_gradients,
     triton_kl_lists,
     triton_kl_union,
     triton_select,
@@ -24,7 +25,7 @@ SOURCES: tuple[tuple[str, tuple[ModuleType, ...]], ...] = (
     ("select", (triton_select,)),
     ("attend forward", (triton_attend,)),
     ("attend backward", (triton_attend_dkv, triton_attend_dq)),
-    ("kl", (triton_kl_full, triton_kl_lists, triton_kl_union)),
+    ("kl", (triton_kl_full, triton_kl_gradients, triton_kl_lists, triton_kl_union)),
     ("unions and lists", (triton_unions,)),
 )
 """Groups of our own kernels, by the files that define them."""

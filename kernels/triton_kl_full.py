@@ -1,13 +1,13 @@
 """KL over full rows (warm-up): value and both gradients, some tiles of query tokens at a time.
 
-    _student         index scores only: the student's log-sum-exp
-    _difference      a tile of tokens over a piece of keys: teacher, KL, ds = p - t into a scratch of bounded
-                     size, and dq_idx = ds k_idx of the piece
-    _key_gradient    dk_idx += ds^T q_idx, from the scratch, summed over groups
+    _student     index scores only: the student's log-sum-exp
+    _difference  per tile of tokens and keys: teacher, KL, and ds = p - t into a scratch of bounded size
+    then dq_idx and dk_idx from the scratch, see triton_kl_gradients.py
 
-One program of `_difference` is four warps, so that two share a multiprocessor: where one waits for its
-exponentials, the other has the tensor cores. dk_idx through a scratch: both accumulators do not fit the
-registers, and without atomics two runs give the same bits.
+Four warps are a program of the first two, so that several share a multiprocessor: where one waits for its
+exponentials, another has the tensor cores. ds through a scratch, and not both products where ds is made:
+there the accumulators leave registers for one program only, and dk_idx needs atomics. There are none here:
+two runs give the same bits.
 
 Called by triton_kl.py. Shapes: B batch, H query heads, G groups (= index heads), R = H / G, T = S tokens, L
 tiles of query tokens, M of them taken. Equations: triton_kl_tile.py.
@@ -24,6 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_kl_gradients import (
+    key_gradient_kernel,
+    query_bounds,
+    query_gradient_kernel,
+    tile_bounds,
+)
 from .triton_kl_tile import LEAST, fast_log2, load_keys, load_rows, teacher_tile
 from .triton_support import Launch, float32_launch, interpreting, padded_width
 
@@ -32,7 +38,7 @@ SCRATCH_BYTES = 512 << 20
 PIECE_TOKENS = 4096
 """Keys that one program of dq_idx sums over."""
 PROGRAMS = 512
-"""Of `_key_gradient`, if there are few keys: then groups are summed by several programs."""
+"""Of dk_idx, if there are few keys: then several programs share the groups."""
 LOWEST = tl.constexpr(-1.0e30)
 """Stands for log 0: exp2 of it is 0, and 0 times it is 0."""
 
@@ -53,17 +59,6 @@ class FullLaunch:
 
 
 @triton.jit
-def _tile_bounds(
-    starts, batch, first_query, num_tokens, TILE: tl.constexpr, DOCUMENTS: tl.constexpr
-):
-    """First and past-the-last key that a tile of TILE queries may see."""
-    begin = 0
-    if DOCUMENTS:
-        begin = tl.load(starts + batch * num_tokens + first_query)
-    return begin, tl.minimum(first_query + TILE, num_tokens)
-
-
-@triton.jit
 def _support(
     starts, batch, first_query, first, num_tokens,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -80,9 +75,7 @@ def _support(
 
 
 @triton.jit
-def _all_past(
-    starts, batch, first_query, num_tokens, ROWS: tl.constexpr, DOCUMENTS: tl.constexpr
-):
+def _all_past(starts, batch, first_query, num_tokens, ROWS: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Bounds of the keys that every one of ROWS queries sees: none if some of the rows do not exist."""
     begin, end = 0, first_query + 1
     if first_query + ROWS > num_tokens:
@@ -94,7 +87,7 @@ def _all_past(
     return begin, end
 
 
-@triton.jit(do_not_specialize=["groups", "num_tokens"])
+@triton.jit(do_not_specialize=["stride_tiles", "groups", "num_tokens"])
 def _student(
     index_queries, index_keys, index_lse, starts, tiles,
     stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik, stride_tiles,
@@ -118,7 +111,7 @@ def _student(
     index_keys += batch * stride_ikb
     row_max = tl.full([ROWS], LOWEST, tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
-    begin, end = _tile_bounds(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
+    begin, end = tile_bounds(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
     past_begin, past_end = _all_past(starts, batch, first_query, num_tokens, ROWS, DOCUMENTS)
     for step in range(begin // KEYS, tl.cdiv(end, KEYS)):
         first = step * KEYS
@@ -136,7 +129,7 @@ def _student(
     tl.store(to, row_max + tl.math.log2(tl.maximum(row_sum, LEAST)), mask=valid)
 
 
-@triton.jit(do_not_specialize=["first_place", "groups", "num_tokens", "repeats"])
+@triton.jit(do_not_specialize=["stride_tiles", "first_place", "groups", "num_tokens", "repeats"])
 def _difference(
     queries, keys, lse, index_queries, index_keys, index_lse, starts, tiles, divergences, scratch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,
@@ -153,8 +146,10 @@ def _difference(
     # 32 bits: what is needed after the loop of heads stays in registers.
     plane = tl.program_id(2)
     batch, group = plane // groups, plane % groups
-    first_query = tl.load(tiles + batch.to(tl.int64) * stride_tiles + first_place + part // PARTS) * TILE
-    begin, end = _tile_bounds(starts, batch, first_query, num_tokens, TILE, DOCUMENTS)
+    first_query = (
+        tl.load(tiles + batch.to(tl.int64) * stride_tiles + first_place + part // PARTS) * TILE
+    )
+    begin, end = tile_bounds(starts, batch, first_query, num_tokens, TILE, DOCUMENTS)
     first_query += (part % PARTS) * ROWS
     total = 0.0
     # The readers of the scratch leave out the same tiles.
@@ -162,13 +157,14 @@ def _difference(
         slot = tl.arange(0, ROWS)
         # A part of a tile may begin past the last token.
         row = tl.minimum(slot, num_tokens - 1 - first_query)
-        base = first_query.to(tl.int64)
+        base = first_query.to(tl.uint32).to(tl.int64)  # a known upper half needs no register
         keys += batch.to(tl.int64) * stride_kb + group.to(tl.int64) * stride_kg
         k = tl.trans(load_keys(keys, first, stride_k, num_tokens, KEYS, WIDTH, WIDTH_P))
         teacher = teacher_tile(
             k, queries + batch.to(tl.int64) * stride_qb + base * stride_qt,
             lse + (batch * groups * repeats).to(tl.int64) * num_tokens + base,
-            row, (group * repeats).to(tl.int64), repeats, stride_qh, stride_qt, num_tokens, scale, WIDTH, WIDTH_P,
+            row, (group * repeats).to(tl.int64), repeats, stride_qh, stride_qt, num_tokens, scale,
+            WIDTH, WIDTH_P,
         )  # fmt: skip
         # Bounds of their own: the same ones would be kept in registers over the loop of heads.
         row = tl.minimum(slot, tl.minimum(num_tokens - first_query, ROWS) - 1)
@@ -194,85 +190,8 @@ def _difference(
             to = scratch + plane.to(tl.int64) * stride_sp + (part * ROWS).to(tl.int64) * stride_st
             to += slot[:, None] * stride_st + (first + tl.arange(0, KEYS))[None, :]
             tl.store(to, difference.to(scratch.dtype.element_ty))
-    at = (plane.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + part
+    at = (plane.to(tl.int64) * tl.num_programs(1) + first // KEYS) * tl.num_programs(0) + part
     tl.store(divergences + at, total)
-
-
-@triton.jit(do_not_specialize=["first_place", "groups", "num_tokens"])
-def _query_gradient(
-    scratch, index_keys, starts, tiles, partial,
-    stride_ikb, stride_ik, stride_tiles, stride_sp, stride_st,
-    first_place, groups, num_tokens,
-    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr,
-    INDEX: tl.constexpr, INDEX_P: tl.constexpr, DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    """ds k_idx over PIECE keys: (pieces, B * G, chunk's tokens, INDEX) float32; zero if none is seen."""
-    PARTS: tl.constexpr = TILE // ROWS
-    part, piece = tl.program_id(0), tl.program_id(1)
-    plane = tl.program_id(2).to(tl.int64)
-    batch = plane // groups
-    first_query = tl.load(tiles + batch * stride_tiles + first_place + part // PARTS) * TILE
-    # What the whole tile sees is written, with zeros where this part sees less.
-    begin, end = _tile_bounds(starts, batch, first_query, num_tokens, TILE, DOCUMENTS)
-    begin = tl.maximum(begin, piece * PIECE) // KEYS
-    end = tl.cdiv(tl.minimum(end, piece * PIECE + PIECE), KEYS)
-    slot = tl.arange(0, ROWS)
-    scratch += plane * stride_sp + (part * ROWS).to(tl.int64) * stride_st
-    index_keys += batch * stride_ikb
-    acc = tl.zeros([ROWS, INDEX_P], tl.float32)
-    for step in range(begin, end):
-        first = step * KEYS
-        position = first + tl.arange(0, KEYS)
-        difference = tl.load(scratch + (slot[:, None] * stride_st + position[None, :]))
-        index_k = load_keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P)
-        acc = tl.dot(difference, index_k, acc, input_precision="ieee")
-    channel = tl.arange(0, INDEX_P)
-    at = (piece * tl.num_programs(2) + plane) * tl.num_programs(0) + part
-    to = partial + at * (ROWS * INDEX) + (slot[:, None] * INDEX + channel[None, :])
-    tl.store(to, acc, mask=(channel < INDEX)[None, :])
-
-
-@triton.jit(do_not_specialize=["first_place", "last_place", "groups", "num_tokens", "share"])
-def _key_gradient(
-    scratch, index_queries, tiles, begins, ends, grad_k,
-    stride_iqb, stride_iqg, stride_iqt, stride_tiles, stride_bounds, stride_sp, stride_st,
-    stride_gs, stride_gb,
-    first_place, last_place, groups, num_tokens, share,
-    TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-):  # fmt: skip
-    """Adds ds^T q_idx of the places first_place .. last_place - 1 and of `share` groups to KEYS rows of
-    grad_k: (groups / share, B, S, INDEX) float32.
-    """
-    PARTS: tl.constexpr = TILE // ROWS
-    key_tile = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    bounds = batch * stride_bounds + key_tile
-    begin = tl.maximum(tl.load(begins + bounds), first_place)
-    end = tl.minimum(tl.load(ends + bounds), last_place)
-    position = key_tile * KEYS + tl.arange(0, KEYS)
-    slot = tl.arange(0, ROWS)
-    channel = tl.arange(0, INDEX_P)
-    to = grad_k + split * stride_gs + batch * stride_gb + (key_tile * KEYS).to(tl.int64) * INDEX
-    to += tl.arange(0, KEYS)[:, None] * INDEX + channel[None, :]
-    mask = (position < num_tokens)[:, None] & (channel < INDEX)[None, :]
-    acc = tl.load(to, mask=mask, other=0.0)
-    for group in range(split * share, split * share + share):
-        plane = batch * groups + group
-        for step in range(begin * PARTS, end * PARTS):
-            place = step // PARTS
-            first_query = (
-                tl.load(tiles + batch * stride_tiles + place) * TILE + (step % PARTS) * ROWS
-            )
-            # Rows past the end have a difference of 0.
-            row = tl.minimum(slot, num_tokens - 1 - first_query)
-            base = batch * stride_iqb + group * stride_iqg + first_query.to(tl.int64) * stride_iqt
-            index_q = load_rows(index_queries + base, row, stride_iqt, INDEX, INDEX_P)
-            at = plane * stride_sp + ((step - first_place * PARTS) * ROWS).to(tl.int64) * stride_st
-            difference = tl.load(scratch + at + (slot[:, None] * stride_st + position[None, :]))
-            acc = tl.dot(tl.trans(difference), index_q, acc, input_precision="ieee")
-    tl.store(to, acc, mask=mask)
 
 
 def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaunch:
@@ -290,7 +209,7 @@ def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaun
             key=small,
         )
     # Of the queries of one head and the keys, `keys` decides how much is read for a product.
-    difference = Launch(rows=64, keys=128, num_warps=4, num_stages=2, programs=3)
+    difference = Launch(rows=64, keys=128, num_warps=4, num_stages=2)
     if padded_width(width) > 128:
         difference = Launch(rows=64, keys=64, num_warps=4, num_stages=2)
     return FullLaunch(
@@ -334,9 +253,7 @@ class FullRows:
             grad_q = torch.empty(batch, groups, num_taken, launch.tile * index_width, **new)
             splits = self._splits()
             grad_k = torch.zeros(splits, batch, 1, num_tokens, index_width, **new)
-            bounds = query_bounds(
-                self.tiles, self.starts, num_tokens, launch.tile, launch.key.keys
-            )
+            bounds = query_bounds(self.tiles, self.starts, num_tokens, launch.tile, launch.key.keys)
         for first, last, wide in chunks:
             scratch = buffer
             if need_grad:
@@ -401,7 +318,11 @@ class FullRows:
         launch, tile = self.launch.difference, self.launch.tile
         batch, groups, num_tokens, index_width = self.index_q.shape
         heads, width = self.q.shape[1], self.q.shape[3]
-        grid = ((last - first) * (tile // launch.rows), triton.cdiv(wide, launch.keys), batch * groups)
+        grid = (
+            (last - first) * (tile // launch.rows),
+            triton.cdiv(wide, launch.keys),
+            batch * groups,
+        )
         divergences = torch.empty(grid, dtype=torch.float32, device=self.q.device)
         strides = scratch.stride()[:2] if need_grad else (0, 0)
         _difference[grid](
@@ -429,7 +350,7 @@ class FullRows:
             grid[1], batch, groups, last - first, tile * index_width,
             dtype=torch.float32, device=self.q.device,
         )  # fmt: skip
-        _query_gradient[grid](
+        query_gradient_kernel[grid](
             scratch, self.index_k, self.starts, self.tiles, partial,
             self.index_k.stride(0), self.index_k.stride(2), self.tiles.stride(0), *scratch.stride()[:2],
             first, groups, num_tokens,
@@ -447,7 +368,7 @@ class FullRows:
         batch, groups, num_tokens, index_width = self.index_q.shape
         # The scratch may be a step wider than the keys, of which `begins` knows no more.
         grid = (triton.cdiv(min(wide, num_tokens), launch.keys), batch, splits)
-        _key_gradient[grid](
+        key_gradient_kernel[grid](
             scratch, self.index_q, self.tiles, begins, ends, grad_k,
             *self.index_q.stride()[:3], self.tiles.stride(0), begins.stride(0), *scratch.stride()[:2],
             *grad_k.stride()[:2], first, last, groups, num_tokens, groups // splits,
@@ -455,22 +376,3 @@ class FullRows:
             INDEX=index_width, INDEX_P=padded_width(index_width),
             **launch.options,
         )  # fmt: skip
-
-
-def query_bounds(
-    tiles: Tensor, starts: Tensor | None, num_tokens: int, tile: int, keys: int
-) -> tuple[Tensor, Tensor]:
-    """First of `tiles` that sees each key tile, and past the last: (B, ceil(S / keys)) int32 each."""
-    batch, num_taken = tiles.shape
-    first_keys = (
-        torch.arange(0, num_tokens, keys, device=tiles.device).expand(batch, -1).contiguous()
-    )
-    taken = tiles.long().contiguous()
-    # A tile ends before key j if its number is below j // tile.
-    begins = torch.searchsorted(taken, first_keys // tile, out_int32=True)
-    if starts is None:
-        return begins, torch.full_like(begins, num_taken)
-    # Starts ascend, so tiles whose first query starts after the last key end the list.
-    first_starts = torch.gather(starts.long(), 1, taken * tile)
-    last_keys = (first_keys + (keys - 1)).clamp(max=num_tokens - 1)
-    return begins, torch.searchsorted(first_starts, last_keys, right=True, out_int32=True)

@@ -147,11 +147,13 @@ def test_steps_of_part_of_a_block_equal_the_definition(monkeypatch, repeats):
     assert_equal(fast(*inputs, ids, 32, packed), exact(*inputs, ids, 32, packed))
 
 
-def test_a_small_scratch_changes_no_value(monkeypatch):
+# One tile a chunk; one to three tiles.
+@pytest.mark.parametrize("scratch_bytes", [1, 100_000])
+def test_a_small_scratch_changes_no_value(monkeypatch, scratch_bytes):
     inputs = tensors(2, 2, 2, 150, 16, 32)
     packed = documents(2, 150, 3)
     whole = fast(*inputs, document_ids=packed)
-    monkeypatch.setattr(triton_kl_full, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(triton_kl_full, "SCRATCH_BYTES", scratch_bytes)
     monkeypatch.setattr(triton_kl_full, "PIECE_TOKENS", 64)
     monkeypatch.setattr(triton_kl_full, "PROGRAMS", 1)
     assert_equal(fast(*inputs, document_ids=packed), [x.double() for x in whole], 1e-6)
