@@ -61,13 +61,13 @@ def student_kernel(
 @triton.jit
 def _keys(
     base, first, stride, num_tokens,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """[KEYS, WIDTH_P] from key `first` on. Blocks of the past lie inside the row."""
+    """[KEYS, WIDTH_P] from key `first` on; with WHOLE no block reaches past the last key."""
     key, channel = tl.arange(0, KEYS), tl.arange(0, WIDTH_P)
     at = base + first.to(tl.int64) * stride + (key[:, None] * stride + channel[None, :])
     wide = channel < WIDTH
-    if CAUSAL:
+    if not WHOLE:
         mask = (first + key < num_tokens)[:, None] & wide[None, :]
         return tl.load(at, mask=mask, other=0.0)
     elif WIDTH == WIDTH_P:
@@ -77,70 +77,50 @@ def _keys(
 
 
 @triton.jit
-def _steps(
-    grad, total, slot, q, lse, index_q, index_lse,
-    keys, index_keys, differences, stride_k, stride_ik,
-    first_keys, members, begin, end, query, num_tokens, top_k, scale, index_scale,
-    REPEATS: tl.constexpr, REPEATS_P: tl.constexpr, TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr, GRAD: tl.constexpr,
-):  # fmt: skip
-    """Entries begin .. end - 1 of the union, KEYS keys a step. Without CAUSAL all lie in the past.
+def _log2(x):
+    """Binary logarithm of a positive normal number, to 1e-7: half the instructions of the library's."""
+    bits = x.to(tl.int32, bitcast=True)
+    above = bits - 0x3F3504F3  # of the square root of 1/2
+    x = (bits - (above & -0x800000)).to(tl.float32, bitcast=True) - 1.0  # sqrt(1/2) .. sqrt(2), less 1
+    # Least largest error of x P(x) to log2(1 + x).
+    p = -0.1457444578 * x + 0.2368903905
+    p = p * x - 0.2500690520
+    p = p * x + 0.2867074609
+    p = p * x - 0.3600872159
+    p = p * x + 0.4809394479
+    p = p * x - 0.7213571668
+    p = p * x + 1.4426947832
+    return p * x + (above >> 23).to(tl.float32)
 
-    Args:
-        grad: [INDEX_P, TOKENS], of the index queries; total: [KEYS, TOKENS] the KL's terms in log2 units.
-        slot: [TOKENS], how many blocks of its own each token has met.
-    """
-    PARTS: tl.constexpr = BLOCK // KEYS
-    key, token = tl.arange(0, KEYS), tl.arange(0, TOKENS)
-    # One or two blocks a tile are causal: nothing to overlap, and pipelining them costs registers.
-    DEPTH: tl.constexpr = 1 if CAUSAL else STAGES
-    for step in tl.range(begin * PARTS, end * PARTS, num_stages=DEPTH):
-        part = step % PARTS
-        first = tl.load(first_keys + step // PARTS) + part * KEYS
-        mask = tl.load(members + step // PARTS)
-        k = _keys(keys, first, stride_k, num_tokens, KEYS, WIDTH, WIDTH_P, CAUSAL)
-        index_k = _keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P, CAUSAL)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [KEYS, REPEATS_P * TOKENS]
-        log_student = tl.dot(index_k, tl.trans(index_q), input_precision="ieee")  # [KEYS, TOKENS]
-        teacher = tl.math.exp2(scores * scale - lse[None, :])
-        teacher = tl.sum(tl.reshape(teacher, [KEYS, REPEATS_P, TOKENS]), axis=1) * (1.0 / REPEATS)
-        log_student = log_student * index_scale - index_lse[None, :]
-        member = ((mask >> token.to(tl.int64)) & 1) != 0
-        support = member[None, :]
-        if CAUSAL:
-            support = support & ((first + key)[:, None] <= query[None, :])
-        # Outside the support the teacher may be infinite and the student's exponential too.
-        teacher = tl.where(support, teacher, 0.0)
-        log_teacher = tl.math.log2(tl.where(teacher > 0.0, teacher, 1.0))  # t log t is 0 at t = 0
-        total += teacher * (log_teacher - log_student)
-        if GRAD:
-            difference = tl.where(support, tl.math.exp2(log_student), 0.0) - teacher
-            difference = difference.to(index_k.dtype)
-            grad = tl.dot(tl.trans(index_k), difference, grad, input_precision="ieee")
-            at = differences + (token * top_k + slot)[None, :] * BLOCK + (part * KEYS + key)[:, None]
-            tl.store(at, difference, mask=member[None, :])
-            slot += (member & (part == PARTS - 1)).to(tl.int32)
-    return grad, total, slot
+
+@triton.jit
+def _fold(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEWER: tl.constexpr):
+    """[ROWS, FEWER] from [ROWS, COLUMNS], every FEWER-th column added."""
+    if COLUMNS == FEWER:
+        return tile
+    else:
+        return tl.sum(tl.reshape(tile, [ROWS, COLUMNS // FEWER, FEWER]), axis=1)
 
 
 @triton.jit
 def difference_kernel(
     queries, keys, lse, index_queries, index_keys, index_lse,
-    first_keys, members, counts, past_counts, divergences, grad_q, differences,
+    first_keys, members, counts, divergences, grad_q, differences,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,
     stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik,
-    groups, num_tokens, num_tiles, union_len, first_tile, window, top_k, scale, index_scale, factor,
-    REPEATS: tl.constexpr, REPEATS_P: tl.constexpr, TOKENS: tl.constexpr,
+    groups, num_tokens, num_tiles, union_len, first_tile, window, scale, index_scale,
+    log2_repeats, factor,
+    REPEATS: tl.constexpr, REPEATS_P: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, GRAD: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of the window that begins with tile `first_tile` and has `window` tokens in the scratch.
 
     differences: (B * G, window, K, BLOCK), of each token and block it selected; others are not written.
     grad_q: (B, G, T, INDEX) float32, times `factor`.
     """
+    PARTS: tl.constexpr = BLOCK // KEYS
     LOG2E: tl.constexpr = 1.4426950408889634
     tile = first_tile + tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64)
@@ -153,40 +133,68 @@ def difference_kernel(
     channel = tl.arange(0, WIDTH_P)
     at = batch * stride_qb + head * stride_qh + (first_query + row % TOKENS) * stride_qt
     mask = inside[:, None] & (channel < WIDTH)[None, :]
-    q = tl.load(queries + at[:, None] + channel[None, :], mask=mask, other=0.0)
+    q = tl.trans(tl.load(queries + at[:, None] + channel[None, :], mask=mask, other=0.0))
     at = (batch * groups * REPEATS + head) * num_tokens + first_query + row % TOKENS
-    # exp2(0 - inf): an absent row adds nothing to its token.
-    row_lse = tl.load(lse + at, mask=inside, other=float("inf")) * LOG2E
-    token = tl.arange(0, TOKENS)
-    query = tile * TOKENS + token
-    present = query < num_tokens
+    # exp2(0 - inf): an absent row adds nothing to its token. With log2(R) the sum over heads is their mean.
+    row_lse = tl.load(lse + at, mask=inside, other=float("inf")) * LOG2E + log2_repeats
+    column = tl.arange(0, COLUMNS)
     channel = tl.arange(0, INDEX_P)
-    at = batch * stride_iqb + group * stride_iqg + (first_query + token) * stride_iqt
-    mask = present[:, None] & (channel < INDEX)[None, :]
+    at = batch * stride_iqb + group * stride_iqg + (first_query + column) * stride_iqt
+    mask = ((column < TOKENS) & (first_query + column < num_tokens))[:, None]
+    mask = mask & (channel < INDEX)[None, :]
     index_q = tl.load(index_queries + at[:, None] + channel[None, :], mask=mask, other=0.0)
+    index_q = tl.trans(index_q)
+    query = tile * TOKENS + tl.arange(0, TOKENS)
+    present = query < num_tokens
     student = tl.load(index_lse + plane * num_tokens + query, mask=present, other=0.0)
     entry = plane * num_tiles + tile
     first_keys += entry * union_len
     members += entry * union_len
-    end, past = tl.load(counts + entry), tl.load(past_counts + entry)
     keys += batch * stride_kb + group * stride_kg
     index_keys += batch * stride_ikb
-    to = plane * window + tl.program_id(0) * TOKENS
-    grad, total, slot = _steps(
-        tl.zeros([INDEX_P, TOKENS], tl.float32), tl.zeros([KEYS, TOKENS], tl.float32),
-        tl.zeros([TOKENS], tl.int32), q, row_lse, index_q, student,
-        keys, index_keys, differences + to * top_k * BLOCK, stride_k, stride_ik,
-        first_keys, members, 0, past, query, num_tokens, top_k, scale, index_scale,
-        REPEATS, REPEATS_P, TOKENS, WIDTH, WIDTH_P, INDEX, INDEX_P, BLOCK, KEYS, STAGES, False, GRAD,
-    )  # fmt: skip
-    grad, total, slot = _steps(
-        grad, total, slot, q, row_lse, index_q, student,
-        keys, index_keys, differences + to * top_k * BLOCK, stride_k, stride_ik,
-        first_keys, members, past, end, query, num_tokens, top_k, scale, index_scale,
-        REPEATS, REPEATS_P, TOKENS, WIDTH, WIDTH_P, INDEX, INDEX_P, BLOCK, KEYS, STAGES, True, GRAD,
-    )  # fmt: skip
-    tl.store(divergences + entry, tl.sum(tl.sum(total, axis=1), axis=0))
+    differences += (plane * window + tl.program_id(0) * TOKENS) * (TOP_K * BLOCK)
+    # Of the index queries, [INDEX_P, COLUMNS]: from column TOKENS on the first columns again.
+    grad = tl.zeros([INDEX_P, COLUMNS], tl.float32)
+    total = tl.zeros([KEYS, min(TOKENS, 8)], tl.float32)
+    slot = tl.zeros([TOKENS], tl.int32)  # blocks of its own that each token has met
+    key, token = tl.arange(0, KEYS), tl.arange(0, TOKENS)
+    WORD: tl.constexpr = tl.int32 if TOKENS <= 32 else tl.int64
+    for step in tl.range(0, tl.load(counts + entry) * PARTS, num_stages=STAGES):
+        part = step % PARTS
+        first = tl.load(first_keys + step // PARTS) + part * KEYS
+        bits = tl.load(members + step // PARTS)
+        k = _keys(keys, first, stride_k, num_tokens, KEYS, WIDTH, WIDTH_P, WHOLE)
+        index_k = _keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P, WHOLE)
+        scores = tl.dot(k, q, input_precision="ieee")  # [KEYS, REPEATS_P * TOKENS]
+        log_student = tl.dot(index_k, index_q, input_precision="ieee")  # [KEYS, COLUMNS]
+        teacher = tl.math.exp2(scores * scale - row_lse[None, :])
+        teacher = _fold(teacher, KEYS, REPEATS_P * TOKENS, TOKENS)
+        log_student = _fold(log_student, KEYS, COLUMNS, TOKENS)  # absent columns are 0
+        log_student = log_student * index_scale - student[None, :]
+        member = ((bits.to(WORD) >> token.to(WORD)) & 1) != 0
+        # Compared with the token and not the query, which would take registers of its own.
+        support = member[None, :] & ((first - tile * TOKENS + key)[:, None] <= token[None, :])
+        # Outside the support the teacher may be infinite and the student's exponential too.
+        teacher = tl.where(support, teacher, 0.0)
+        divergence = teacher * (_log2(tl.maximum(teacher, 1e-30)) - log_student)  # 0 at t = 0
+        total += _fold(divergence, KEYS, TOKENS, total.shape[1])
+        if GRAD:
+            difference = tl.where(support, tl.math.exp2(log_student), 0.0) - teacher
+            difference = difference.to(index_k.dtype)
+            columns = tl.broadcast_to(difference[:, None, :], [KEYS, COLUMNS // TOKENS, TOKENS])
+            columns = tl.reshape(columns, [KEYS, COLUMNS])
+            grad = tl.dot(tl.trans(index_k), columns, grad, input_precision="ieee")
+            to = differences + (token * TOP_K + slot)[None, :] * BLOCK + (part * KEYS + key)[:, None]
+            tl.store(to, difference, mask=member[None, :])
+            slot += (member & (part == PARTS - 1)).to(tl.int32)
+    # Places once more from an opaque 0: carried through the loop they would take registers.
+    zero = tl.minimum(tl.load(counts, volatile=True), 0)
+    tile = first_tile + tl.program_id(0) + zero
+    plane = (tl.program_id(1) + zero).to(tl.int64)
+    tl.store(divergences + plane * num_tiles + tile, tl.sum(tl.sum(total, axis=1), axis=0))
     if GRAD:
-        at = grad_q + (plane * num_tokens + first_query) * INDEX
-        at += token[None, :] * INDEX + channel[:, None]
-        tl.store(at, grad * factor, mask=(channel < INDEX)[:, None] & present[None, :])
+        column, channel = tl.arange(0, COLUMNS), tl.arange(0, INDEX_P)
+        query = tile * TOKENS + column
+        mask = (channel < INDEX)[:, None] & ((column < TOKENS) & (query < num_tokens))[None, :]
+        at = (plane * num_tokens + query)[None, :] * INDEX + channel[:, None]
+        tl.store(grad_q + at, grad * factor, mask=mask)

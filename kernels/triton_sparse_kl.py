@@ -216,14 +216,15 @@ class _SelectedBlocks:
         num_tiles, union_len = unions.first_keys.shape[2:]
         difference_kernel[(last - first, batch * groups)](
             self.q, self.k, self.lse, self.index_q, self.index_k, index_lse,
-            unions.first_keys, unions.members, unions.counts, unions.past_counts,
+            unions.first_keys, unions.members, unions.counts,
             divergences, grad_q, scratch,
             *self.q.stride()[:3], *self.k.stride()[:3],
             *self.index_q.stride()[:3], self.index_k.stride(0), self.index_k.stride(2),
             groups, num_tokens, num_tiles, union_len, first, scratch.shape[1],
-            self.block_ids.shape[3], self.scale, self.index_scale, factor,
+            self.scale, self.index_scale, math.log2(self.repeats), factor,
             REPEATS=self.repeats, REPEATS_P=triton.next_power_of_2(self.repeats), TOKENS=unions.tokens,
-            WIDTH=width, WIDTH_P=padded_width(width), STAGES=launch.num_stages, GRAD=factor != 0.0,
+            COLUMNS=max(unions.tokens, 16), TOP_K=self.block_ids.shape[3], WIDTH=width, WIDTH_P=padded_width(width), STAGES=launch.num_stages, GRAD=factor != 0.0,
+            WHOLE=self.starts is None and num_tokens % self.block_size == 0,
             **self._index_sizes(launch), num_stages=launch.num_stages,
         )  # fmt: skip
 
