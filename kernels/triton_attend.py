@@ -54,16 +54,23 @@ def _steps(
             k = tl.load(k_tile)
         else:
             k = tl.load(k_tile, mask=wide[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale  # [ROWS, KEYS], log2 units
-        support = ((mask >> token) & 1)[:, None] != 0
+        products = tl.dot(q, k, input_precision="ieee")  # [ROWS, KEYS]
+        member = ((mask >> token) & 1) != 0
         if CAUSAL:
-            support = support & ((first + key)[None, :] <= position[:, None])
-        scores = tl.where(support, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        # A row that has met no key of its own keeps -inf, and -inf - -inf is no number.
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(scores - base[:, None])
-        shrink = tl.math.exp2(row_max - base)
+            support = member[:, None] & ((first + key)[None, :] <= position[:, None])
+            products = tl.where(support, products, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(products, axis=1) * scale)
+            # A row that has met no key of its own keeps -inf, and -inf - -inf is no number.
+            base = tl.where(new_max == float("-inf"), 0.0, new_max)
+            shrink = tl.math.exp2(row_max - base)
+        else:
+            # Whole rows belong to the support or not: no select for each score, and the scale is part of
+            # the exponent's multiplication and addition. exp2(-inf) = 0 leaves out the rows that do not.
+            new_max = tl.maximum(row_max, tl.max(products, axis=1) * scale)
+            shrink = tl.where(member, tl.math.exp2(row_max - new_max), 1.0)
+            base = tl.where(member, new_max, float("inf"))
+            new_max = tl.where(member, new_max, row_max)
+        weights = tl.math.exp2(products * scale - base[:, None])
         row_sum = row_sum * shrink + tl.sum(weights, axis=1)
         row_max = new_max
         if CAUSAL:
@@ -76,7 +83,7 @@ def _steps(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_tiles", "query_offset"])
 def _attend(
     queries, keys, values, out, lse,
     first_keys, members, counts, past_counts,
@@ -112,6 +119,8 @@ def _attend(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     bit = token.to(tl.int64)
+    # Masks cost registers: shorter steps where keys are masked one by one.
+    SHORT: tl.constexpr = 64 if KEYS > 64 else KEYS
     position = query_offset + query
     acc, row_max, row_sum = _steps(
         q, acc, row_max, row_sum, keys, values, stride_ks, stride_vs, first_keys, members, 0, past,
@@ -121,7 +130,7 @@ def _attend(
     acc, row_max, row_sum = _steps(
         q, acc, row_max, row_sum, keys, values, stride_ks, stride_vs, first_keys, members, past, end,
         bit, position, num_keys, scale,
-        WIDTH, WIDTH_P, BLOCK, KEYS, STAGES, True, WIDTH == WIDTH_P,
+        WIDTH, WIDTH_P, BLOCK, SHORT, STAGES, True, WIDTH == WIDTH_P,
     )  # fmt: skip
     total = tl.where(valid, row_sum, 1.0)
     rows_o = batch * stride_ob + head * stride_oh + query.to(tl.int64) * stride_ot
@@ -176,10 +185,15 @@ def attend(
         q: (B, H, T, D); k, v: (B, G, S, D), any strides with contiguous channels.
         block_ids: (B, G, T, K) int32 ascending, -1 padded.
         starts: (B, S) int32, first position of each key's document, or None.
+        scale: above 0, since maxima are taken before it is applied.
 
     Returns:
         out (B, H, T, D) in q's dtype and layout, lse (B, H, T) float32, and the unions that were read.
     """
+    if not scale > 0:
+        raise ValueError(
+            f"scale={scale}: the Triton kernels take a scale above 0; set backend='torch'"
+        )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, num_queries, width = q.shape
     groups, num_keys = k.shape[1], k.shape[2]
@@ -200,6 +214,6 @@ def attend(
         scale * math.log2(math.e),
         REPEATS=repeats, TOKENS=unions.tokens, ROWS=launch.rows,
         WIDTH=width, WIDTH_P=padded_width(width), BLOCK=block_size, KEYS=min(launch.keys, block_size),
-        STAGES=launch.num_stages, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        STAGES=launch.num_stages, **launch.options,
     )  # fmt: skip
     return out, lse, unions

@@ -118,6 +118,35 @@ def test_a_block_may_take_several_steps_and_the_tile_any_size():
         torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=2e-6)
 
 
+def test_long_steps_and_a_scale_that_is_not_positive():
+    torch.manual_seed(3)
+    q, k, v = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
+    index_q, index_k = torch.randn(1, 2, 300, 16), torch.randn(1, 1, 300, 16)
+    ids = reference.select_blocks(index_q, index_k, block_size=128, top_k=2)
+    launch = Launch(64, 128, 4, 2)
+    got = triton_select.select(index_q, index_k, None, block_size=128, top_k=2, launch=launch)
+    assert torch.equal(got, ids)
+    # Rows that keep one block only, beside rows that keep two.
+    ids[:, :, 150:200, 1:] = -1
+    options = dict(block_size=128, scale=0.3)
+    true, true_lse = reference.sparse_attention(q.double(), k.double(), v.double(), ids, **options)
+    out, lse, _ = triton_attend.attend(q, k, v, ids, None, **options, launch=launch)
+    torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=2e-6)
+    with pytest.raises(ValueError, match="scale above 0"):
+        triton_attend.attend(q, k, v, ids, None, block_size=128, scale=-1.0)
+
+
+def test_forced_blocks_are_kept_and_counted_once():
+    torch.manual_seed(4)
+    index_q, index_k = torch.randn(1, 2, 200, 16), torch.randn(1, 1, 200, 16)
+    for local, first in ((1, 0), (3, 2), (2, 4)):
+        options = dict(block_size=16, top_k=6, local_blocks=local, init_blocks=first)
+        ids = ops.select_blocks(index_q, index_k, **options, backend="triton")
+        exact = reference.select_blocks(index_q.double(), index_k.double(), **options)
+        assert torch.equal(ids, exact)
+
+
 def test_ties_go_to_the_lower_block_whatever_the_order_of_arrival():
     index_q = torch.ones(1, 1, 160, 16)
     index_k = torch.ones(1, 1, 160, 16)
