@@ -156,7 +156,7 @@ def default_launch(width: int, repeats: int, block_size: int, dtype: torch.dtype
         # Twice the tokens of 64 rows: half the reads for a little more arithmetic (README.md). Longer steps
         # rescale the sums less often; where rows or channels are masked, registers do not reach for them.
         whole = width == padded_width(width) and repeats & (repeats - 1) == 0
-        tile = Launch(128, 128 if whole else 64, 8, 2)
+        tile = Launch(128, 128 if whole and target_arch() >= 90 else 64, 8, 2)
     rows = max(tile.rows, triton.next_power_of_2(repeats))
     return replace(tile, rows=rows, keys=min(tile.keys, block_size))
 

@@ -31,7 +31,7 @@ from .triton_kl_tile import (
     student_step,
     teacher_tile,
 )
-from .triton_support import Launch, float32_launch, interpreting, padded_width
+from .triton_support import Launch, float32_launch, interpreting, padded_width, shared_by
 
 SCRATCH_BYTES = 512 << 20
 """Size that the scratch aims at; one tile of all groups is the least."""
@@ -248,9 +248,11 @@ def default_launch(width: int, index_width: int, dtype: torch.dtype) -> FullLaun
         )
     # Of queries and keys of one head, `keys` decides how much is read for a product. Two programs a
     # multiprocessor: one takes exponentials while the other multiplies.
-    difference = Launch(rows=64, keys=128, num_warps=8, num_stages=3, programs=2)
+    difference = Launch(rows=64, keys=128, num_warps=8, num_stages=3, programs=shared_by(2))
     if padded_width(width) > 128:
         difference = Launch(rows=64, keys=128, num_warps=8, num_stages=1)
+    elif difference.programs is None:
+        difference = replace(difference, num_stages=2)
     return FullLaunch(
         tile=128,
         student=Launch(rows=128, keys=64, num_warps=8, num_stages=2),
