@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_support import Launch, float32_launch, padded_width
+from .triton_support import Launch, float32_launch, padded_width, shared_by
 
 
 @triton.jit
@@ -164,10 +164,10 @@ def default_launch(
     elif top_k > 32:
         tile = Launch(64, 64, 4, 2)
     elif width != padded_width(width):
-        tile = Launch(128, 64, 8, 2, programs=2)
+        tile = Launch(128, 64, 8, 2, shared_by(2))
     else:
         # Two programs a multiprocessor: one ranks while the other multiplies.
-        tile = Launch(128, 128, 8, 2, programs=2)
+        tile = Launch(128, 128, 8, 2, shared_by(2))
     rows = max(tile.rows, triton.next_power_of_2(heads))
     return replace(tile, rows=rows, keys=min(tile.keys, block_size))
 

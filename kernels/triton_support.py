@@ -67,6 +67,11 @@ def target_arch() -> int:
     return int(triton.runtime.driver.active.get_current_target().arch)
 
 
+def shared_by(programs: int) -> int | None:
+    """`programs` of a launch, on sm_90: the only one where the cap on registers spills nothing in loops."""
+    return programs if target_arch() == 90 else None
+
+
 def check_version() -> None:
     """Raises:
     ValueError: Triton is older or newer than what the kernels were compiled with.
