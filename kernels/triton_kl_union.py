@@ -31,7 +31,7 @@ def _union_step(
     return first, chosen[:, None] & ((first + tl.arange(0, KEYS))[None, :] <= query[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "union_len"])
 def student_kernel(
     index_queries, index_keys, index_lse, first_keys, members, counts,
     stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik,
@@ -64,7 +64,7 @@ def student_kernel(
     tl.store(to, student_lse(row_max, row_sum), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "union_len"])
 def query_kernel(
     queries, keys, lse, index_queries, index_keys, index_lse, first_keys, members, counts, grad_q,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,

@@ -58,7 +58,7 @@ def _own_keys(starts, batch, block, key, num_tokens, DOCUMENTS: tl.constexpr):
     return here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "edges", "chunk", "programs"])
 def _key_tile(
     queries, keys, lse, index_queries, index_keys, index_lse, starts,
     divergences, grad_q, grad_k, sums,
@@ -130,7 +130,7 @@ def _key_tile(
     tl.store(divergences + tl.program_id(0), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "planes", "chunk"])
 def _add_partials(
     grad_k, sums, offsets, split_owners, partials, starts,
     groups, num_tokens, num_slots, planes, chunk,
