@@ -27,13 +27,16 @@ from .triton_lists import query_lists
 from .triton_support import Launch, float32_launch, padded_width, target_arch
 from .triton_unions import Unions, tile_unions
 
+SUMS_BYTES = 8 << 30
+"""Largest float32 buffer that atomics may add dq in; what needs more takes the pass over the unions."""
+
 
 @dataclass(frozen=True)
 class BackwardLaunch:
     """How the backward pass is cut; the numbers never change a result beyond rounding."""
 
     by_key: Launch
-    """Gradients of keys and values: queries of one head a step, keys a program."""
+    """Gradients of keys and values: rows (queries times heads) a step, keys a program."""
     by_query: Launch
     """Gradient of queries: rows (tokens times heads) of a tile, keys a step."""
     chunk: int | None = None
@@ -43,7 +46,7 @@ class BackwardLaunch:
 def default_launch(
     width: int, repeats: int, block_size: int, dtype: torch.dtype, deterministic: bool
 ) -> BackwardLaunch:
-    """Tile sizes that compile without spills under Triton 3.9 (benchmarks/codegen.py)."""
+    """Tile sizes that compile without spills for sm_90 (benchmarks/codegen.py)."""
     if dtype == torch.float32:
         by_key = by_query = float32_launch()
     else:
@@ -61,9 +64,12 @@ def _tiles(wide: int, keys: int, deterministic: bool) -> tuple[Launch, Launch]:
         return Launch(64, keys, 8 if keys == 128 else 4, 3), Launch(64, 64, 4, 2)
     if before_hopper:
         return Launch(64 if deterministic else 32, min(keys, 64), 8, 2), Launch(64, 64, 8, 2)
-    # The product for dq takes registers; so do few keys, of which a warp then owns more channels.
-    rows = 64 if deterministic and keys >= 64 else 32
-    return Launch(rows, keys, 8 if keys == 128 else 4, 3), Launch(64, 64, 4, 2)
+    by_query = Launch(64, 64, 4, 2)
+    # Two programs on a multiprocessor, out of step. Atomics are one row of dq for every program that
+    # meets it, so there a program holds the whole block.
+    if deterministic or keys < 128:
+        return Launch(32, min(keys, 64), 4, 3), by_query
+    return Launch(64, keys, 8, 3), by_query
 
 
 def attend_backward(
@@ -92,7 +98,8 @@ def attend_backward(
         lse: (B, H, T) float32, natural logarithm.
         scale: positive; of the scores.
         unions: what the forward pass returned; made again where they do not fit, or are None.
-        deterministic: repeat bitwise; dq then takes a pass of its own instead of atomics.
+        deterministic: repeat bitwise; dq then takes a pass of its own instead of atomics, as it does
+            where their buffer would exceed SUMS_BYTES.
 
     Returns:
         dq, dk, dv in the dtypes of q, k and v; exactly zero in keys that nobody selected.
@@ -102,13 +109,14 @@ def attend_backward(
     )
     lse = lse.contiguous()
     repeats = q.shape[1] // k.shape[1]
-    launch = launch or default_launch(q.shape[-1], repeats, block_size, q.dtype, deterministic)
+    by_atomics = not deterministic and 4 * q.numel() <= SUMS_BYTES
+    launch = launch or default_launch(q.shape[-1], repeats, block_size, q.dtype, not by_atomics)
     stats = row_stats(out, grad_out, lse)
     lists = query_lists(
         block_ids, starts, num_keys=k.shape[2], block_size=block_size, query_offset=query_offset,
         chunk=launch.chunk,
     )  # fmt: skip
-    sums = None if deterministic else torch.zeros_like(q, dtype=torch.float32)
+    sums = torch.zeros_like(q, dtype=torch.float32) if by_atomics else None
     grad_k, grad_v = key_value_gradients(
         q, k, v, grad_out, stats, lists, starts, block_size=block_size, scale=scale,
         query_offset=query_offset, launch=launch.by_key, grad_q=sums,

@@ -2,19 +2,24 @@
 
     dv = p^T dout,  ds = p * (dout v^T - delta),  dk = scale * ds^T q     (p, delta: triton_attend_backward)
 
-The queries of a block come from triton_lists.py, at most a chunk of them a program. Heads are the outer
-loop: a step gathers rows of one head, whose channels lie together, and any number of heads a group will do.
+The queries of a block come from triton_lists.py, at most a chunk of them a program. Rows of a step are
+queries times neighbouring heads of the group: as many heads as the largest power of two in R, so all of
+them where R is one. Heads of a query lie together in the layout of transformers: a step gathers few long
+pieces and reads few entries of the list. What is left of an R like 6 or 7 is walked one piece of heads
+after another, by the same loop.
+
 A block of one chunk is written by its program; the others leave float32 sums that a second kernel adds in
 the order of the chunks. So two runs give the same bits, without atomics.
 
-Scores are made transposed, [keys, queries]: as left operands of the two products that follow they stay in
-registers. Those are full (two sums of [keys, channels] live through the loop), hence four things below that
-look odd: one loop over heads and steps together, products that start from -lse and -delta instead of
-taking them off later, queries read twice in a step, and tables read a second time after the loop. A step's
-queries are read one step early, for the gathers that follow from them are copied ahead of the products only
-if their addresses wait for no load of the same step.
+Scores are made transposed, [keys, rows]: as left operands of the two products that follow they stay in
+registers. Those are full (two sums of [keys, channels] live through the loop), hence what looks odd below:
+products for both sums stand last, so that 16-bit weights need not live beside the slope; the list is read
+again for dq; tables are read a second time after the loop; strides of queries are constants, as they follow
+from the layout and not from the length (an address is then one instruction). A step's queries are read one
+step early, for the gathers that follow from them are copied ahead of the products only if their addresses
+wait for no load of the same step.
 
-With ATOMIC the same pass also adds dq = scale * ds k to a float32 buffer, in no fixed order.
+With ATOMIC the same pass also adds dq / scale = ds k to a float32 buffer, in no fixed order.
 
 Shapes: B batch, H query heads, G groups, R = H / G, T queries, S keys, D head width, M partial sums.
 """
@@ -33,13 +38,25 @@ TAIL_PROGRAMS = 256
 """Programs that share the chunks beyond QueryLists.programs, if there are any."""
 MERGED_KEYS = 16
 """Keys of a program that adds partial sums."""
+CHANGING = [
+    "num_queries",
+    "num_keys",
+    "num_slots",
+    "edges",
+    "chunk",
+    "query_offset",
+    "done",
+    "programs",
+]
+"""Integers that change with the length: never a reason to compile anew."""
 
 
 @triton.jit
 def _rows(start, offset, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr):
     """[ROWS, WIDTH_P] from [ROWS] offsets."""
     channel = tl.arange(0, WIDTH_P)[None, :]
-    at = start + offset[:, None] + channel
+    # What stays the same in every step first: it is added once.
+    at = (start + channel) + offset[:, None]
     if WIDTH == WIDTH_P:
         return tl.load(at)
     else:
@@ -56,13 +73,13 @@ def _spread(x, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _stats(stats, base, query, heads: tl.constexpr, HEADS: tl.constexpr):
+def _stats(stats, query, heads: tl.constexpr, HEADS: tl.constexpr):
     """lse (log2 units) and delta of a step's rows, [ROWS] each, by loads of 8 bytes a row."""
     head = tl.arange(0, query.shape[0] * HEADS) % HEADS
-    at = base + _spread(query, HEADS).to(tl.int64) * heads + head
+    both = stats.to(tl.pointer_type(tl.int64), bitcast=True)
+    at = (both + head) + _spread(query, HEADS).to(tl.int64) * heads
     # The heads of a token lie together: neighbouring rows come by one load.
-    at = tl.max_contiguous(tl.multiple_of(at, HEADS), HEADS)
-    both = tl.load(stats.to(tl.pointer_type(tl.int64), bitcast=True) + at)
+    both = tl.load(tl.max_contiguous(tl.multiple_of(at, 8 * HEADS), HEADS))
     lse = both.to(tl.int32).to(tl.float32, bitcast=True)
     return lse, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -70,7 +87,7 @@ def _stats(stats, base, query, heads: tl.constexpr, HEADS: tl.constexpr):
 @triton.jit
 def _walk(
     key_grad, value_grad, k, v, key,
-    queries, grads, stats, stat, grad_queries, list_, size, masked,
+    queries, grads, stats, grad_queries, list_, size, masked,
     stride_qh, stride_gh, stride_dh, pieces, query_offset, scale,
     stride_qt: tl.constexpr, stride_gt: tl.constexpr, stride_dt: tl.constexpr, heads: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
@@ -91,7 +108,7 @@ def _walk(
         far = _spread(query, HEADS).to(tl.int64)
         q = _rows(queries + head[:, None] * stride_qh, far * stride_qt, WIDTH, WIDTH_P)
         grad = _rows(grads + head[:, None] * stride_gh, far * stride_gt, WIDTH, WIDTH_P)
-        lse, delta = _stats(stats, stat, query, heads, HEADS)
+        lse, delta = _stats(stats, query, heads, HEADS)
         # `query` once more: the copies run ahead, and it would stay in registers until here.
         place = tile * TOKENS + token
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [KEYS, ROWS]
@@ -100,7 +117,9 @@ def _walk(
         if (tile * TOKENS < masked) | (tile == tiles - 1):
             again = tl.load(list_ + place)
             position = tl.where(place < size, again + query_offset, -1)
-            scores = tl.where(key[:, None] <= _spread(position, HEADS)[None, :], scores, float("-inf"))
+            scores = tl.where(
+                key[:, None] <= _spread(position, HEADS)[None, :], scores, float("-inf")
+            )
         weights = tl.math.exp2(scores)
         slope = tl.dot(v, tl.trans(grad), input_precision="ieee")
         slope = (weights * (slope - delta[None, :])).to(q.dtype)
@@ -113,7 +132,7 @@ def _walk(
                 query_grad = tl.dot(tl.trans(slope), k, input_precision="ieee")
             again = tl.load(list_ + place)
             into = _spread(again, HEADS).to(tl.int64) * stride_dt
-            at = (grad_queries + head[:, None] * stride_dh) + into[:, None] + channel
+            at = (grad_queries + head[:, None] * stride_dh + channel) + into[:, None]
             # Rows past the end add 0 to the last query.
             if WIDTH == WIDTH_P:
                 tl.atomic_add(at, query_grad, sem="relaxed")
@@ -127,7 +146,7 @@ def _walk(
             queries += further * stride_qh
             grads += further * stride_gh
             grad_queries += further * stride_dh
-            stat += further
+            stats += 2 * further
         following = tile * TOKENS + token
         query = tl.load(list_ + following)
     return key_grad, value_grad
@@ -177,8 +196,8 @@ def _own(
     groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
     stride_qt: tl.constexpr, stride_gt: tl.constexpr, stride_dt: tl.constexpr, heads: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
-    ATOMIC: tl.constexpr, TURNED: tl.constexpr,
+    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DOCUMENTS: tl.constexpr,
+    STAGES: tl.constexpr, ATOMIC: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """KEYS keys of the block of chunk `item`, and the queries of that chunk."""
     _, plane, slot, begin, size, _, _ = find_chunk(
@@ -201,7 +220,7 @@ def _own(
         tl.zeros([KEYS, WIDTH_P], tl.float32), tl.zeros([KEYS, WIDTH_P], tl.float32),
         tl.load(k_tile, mask=mask, other=0.0), tl.load(v_tile, mask=mask, other=0.0), key,
         queries + batch * stride_qb + head * stride_qh, grads + batch * stride_gb + head * stride_gh,
-        stats, batch * num_queries * heads + head,
+        stats + 2 * (batch * num_queries * heads + head),
         grad_queries + batch * stride_db + head * stride_dh, lists + begin, size, masked,
         stride_qh, stride_gh, stride_dh, pieces, query_offset, scale,
         stride_qt, stride_gt, stride_dt, heads, WIDTH, WIDTH_P, ROWS, HEADS, STAGES, ATOMIC, TURNED,
@@ -228,7 +247,7 @@ def _own(
         tl.store(to + BLOCK * WIDTH, value_grad, mask=channel < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _key_gradients(
     queries, keys, values, grads, stats, grad_queries, grad_keys, grad_values, sums,
     lists, offsets, owners, firsts, partials, starts, count,
@@ -239,8 +258,8 @@ def _key_gradients(
     programs,
     stride_qt: tl.constexpr, stride_gt: tl.constexpr, stride_dt: tl.constexpr, heads: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DOCUMENTS: tl.constexpr, STAGES: tl.constexpr,
-    ATOMIC: tl.constexpr, TURNED: tl.constexpr, SHARE: tl.constexpr,
+    SLOT_KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DOCUMENTS: tl.constexpr,
+    STAGES: tl.constexpr, ATOMIC: tl.constexpr, TURNED: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """One chunk a program; with SHARE the chunks from `done` on, every programs-th."""
     PARTS: tl.constexpr = BLOCK // KEYS
@@ -256,8 +275,9 @@ def _key_gradients(
                 stride_vb, stride_vg, stride_vs, stride_gb, stride_gh,
                 stride_db, stride_dh, stride_ckb, stride_ckg, stride_cks,
                 stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
-                groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
-                stride_qt, stride_gt, stride_dt, heads, WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, HEADS, DOCUMENTS, STAGES, ATOMIC, TURNED,
+                groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk,
+                query_offset, scale, stride_qt, stride_gt, stride_dt, heads,
+                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, HEADS, DOCUMENTS, STAGES, ATOMIC, TURNED,
             )  # fmt: skip
     else:
         if item < tl.load(count):
@@ -268,12 +288,13 @@ def _key_gradients(
                 stride_vb, stride_vg, stride_vs, stride_gb, stride_gh,
                 stride_db, stride_dh, stride_ckb, stride_ckg, stride_cks,
                 stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
-                groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk, query_offset, scale,
-                stride_qt, stride_gt, stride_dt, heads, WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, HEADS, DOCUMENTS, STAGES, ATOMIC, TURNED,
+                groups, repeats, pieces, num_queries, num_keys, num_slots, edges, chunk,
+                query_offset, scale, stride_qt, stride_gt, stride_dt, heads,
+                WIDTH, WIDTH_P, BLOCK, KEYS, SLOT_KEYS, ROWS, HEADS, DOCUMENTS, STAGES, ATOMIC, TURNED,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "num_slots", "planes", "chunk"])
 def _add_partials(
     grad_keys, grad_values, sums, offsets, split_owners, partials, starts,
     stride_ckb, stride_ckg, stride_cks, stride_cvb, stride_cvg, stride_cvs, stride_starts_b,
@@ -330,7 +351,7 @@ def key_value_gradients(
         q, grad_out: (B, H, T, D); k, v: (B, G, S, D); channels contiguous.
         stats: (B, T, H, 2) float32, contiguous: see triton_attend_dq.row_stats.
         launch: `rows` (queries times neighbouring heads) a step, `keys` of a block a program.
-        grad_q: (B, H, T, D) float32, to which dq is added by atomics, or None.
+        grad_q: (B, H, T, D) float32, to which dq / scale is added by atomics, or None.
     """
     batch, heads, num_queries, width = q.shape
     groups, num_keys = k.shape[1], k.shape[2]
@@ -360,8 +381,8 @@ def key_value_gradients(
             lists.queries, lists.offsets, lists.owners, lists.firsts, lists.partials, starts, lists.count,
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:2],
             *into.stride()[:2], *grad_k.stride()[:3], *grad_v.stride()[:3], stride_starts,
-            groups, repeats, repeats // shared, num_queries, num_keys, lists.num_slots, lists.queries.shape[1],
-            lists.chunk, query_offset, scale, done, programs,
+            groups, repeats, repeats // shared, num_queries, num_keys, lists.num_slots,
+            lists.queries.shape[1], lists.chunk, query_offset, scale, done, programs,
             stride_qt=q.stride(2), stride_gt=grad_out.stride(2), stride_dt=into.stride(2), heads=heads,
             **shape, KEYS=keys, ROWS=rows, HEADS=shared, STAGES=stages, ATOMIC=grad_q is not None,
             TURNED=turned and not done, SHARE=done > 0,
@@ -371,7 +392,7 @@ def key_value_gradients(
     walk(lists.programs, 0, launch.rows, launch.num_stages)
     if lists.owners.shape[0] > lists.programs:
         # The loop over chunks takes registers, so this kernel has smaller steps.
-        walk(TAIL_PROGRAMS, lists.programs, min(launch.rows, 32), 1)
+        walk(TAIL_PROGRAMS, lists.programs, min(launch.rows, 32), 2)
     if lists.split_owners.shape[0]:
         _add_partials[(lists.split_owners.shape[0] * (block_size // MERGED_KEYS),)](
             grad_k, grad_v, sums, lists.offsets, lists.split_owners, lists.partials, starts,

@@ -21,7 +21,7 @@ from .triton_unions import Unions
 DELTA_ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _delta(
     out, grads, lse, stats,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, heads, num_queries,
@@ -37,7 +37,9 @@ def _delta(
     far, head = query.to(tl.int64), head.to(tl.int64)
     at = out + (batch * stride_ob + head * stride_oh + far * stride_ot)[:, None] + channel[None, :]
     product = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    at = grads + (batch * stride_gb + head * stride_gh + far * stride_gt)[:, None] + channel[None, :]
+    at = (
+        grads + (batch * stride_gb + head * stride_gh + far * stride_gt)[:, None] + channel[None, :]
+    )
     product *= tl.load(at, mask=mask, other=0.0).to(tl.float32)
     natural = tl.load(lse + (batch * heads + head) * num_queries + query, mask=here, other=0.0)
     to = stats + 2 * ((batch * num_queries) * heads + row)
@@ -104,13 +106,14 @@ def _steps(
     return query_grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_tiles", "union_len", "query_offset"])
 def _query_gradients(
     queries, keys, values, grads, stats, grad_queries,
     first_keys, members, counts, past_counts,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_ks,
-    stride_vb, stride_vg, stride_vs, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg,
+    stride_vb, stride_vg, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     groups, num_queries, num_keys, num_tiles, union_len, query_offset, scale,
+    stride_ks: tl.constexpr, stride_vs: tl.constexpr,
     REPEATS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +200,9 @@ def query_gradients(
     _query_gradients[(num_tiles, batch * groups)](
         q, k, v, grad_out, stats, grad_q,
         unions.first_keys, unions.members, unions.counts, unions.past_counts,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
+        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:3], *grad_q.stride()[:3],
         groups, num_queries, num_keys, num_tiles, unions.first_keys.shape[3], query_offset, scale,
+        stride_ks=k.stride(2), stride_vs=v.stride(2),
         REPEATS=heads // groups, TOKENS=unions.tokens, ROWS=launch.rows,
         WIDTH=width, WIDTH_P=padded_width(width), BLOCK=block_size, KEYS=min(launch.keys, block_size),
         num_warps=launch.num_warps, num_stages=launch.num_stages,

@@ -43,7 +43,7 @@ class Unions:
         return self.counts.float().mean()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_tiles", "query_offset"])
 def _merge(
     block_ids, starts, first_keys, members, counts, past_counts,
     stride_ids_b, stride_ids_g, stride_ids_t, stride_starts_b,

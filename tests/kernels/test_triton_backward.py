@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense2sparse.kernels import (
     reference,
@@ -179,6 +180,32 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     # Keys and values have no atomics in either mode.
     assert torch.equal(gradients(case, launch=launch)[1], first[1])
+
+
+class _LargestFloat32(TorchDispatchMode):
+    """Elements of the largest float32 tensor that was made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_a_buffer_for_atomics_beyond_its_bound_is_not_made(monkeypatch):
+    case = random_case(1, 2, 3, 48, 32, 16, 2)
+    case |= {name: case[name].half() for name in ("q", "k", "v", "grad_out")}
+    size = case["q"].numel()
+    with _LargestFloat32() as within:
+        gradients(case)
+    monkeypatch.setattr(triton_attend_backward, "SUMS_BYTES", 4 * size - 1)
+    with _LargestFloat32() as beyond:
+        found = gradients(case)
+    assert within.elements >= size > beyond.elements
+    expected = gradients(case, deterministic=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_gradient_without_strides_is_served():
