@@ -155,9 +155,9 @@ def default_launch(width: int, repeats: int, block_size: int, dtype: torch.dtype
     elif target_arch() < 90:
         tile = Launch(128, 64, 8, 2)
     else:
-        # Few rows have small unions, and two programs that are not in step use the tensor cores best: 22 to
-        # 23 % faster on an H100 than 128 rows of eight warps (benchmarks/results/h100-sweep-82382e3.json).
-        tile = Launch(64, 64, 4, 2)
+        # Few rows have small unions, and two programs that are not in step use the tensor cores best: of
+        # six shapes the fastest on an H100 (benchmarks/results/h100-sweep-5808e4d.json).
+        tile = Launch(64, 64, 4, 3)
     rows = max(tile.rows, triton.next_power_of_2(repeats))
     return replace(tile, rows=rows, keys=min(tile.keys, block_size))
 

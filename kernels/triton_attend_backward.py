@@ -27,6 +27,9 @@ from .triton_lists import query_lists
 from .triton_support import Launch, float32_launch, padded_width, target_arch
 from .triton_unions import Unions, tile_unions
 
+HEADS_FOR_UNIONS = 8
+"""Heads a group from which on the pass over the unions is faster than atomics: on an H100 it takes 0.84
+times as long with 16 and 1.07 times with 4 (128K tokens, benchmarks/results/h100-kernels-5808e4d.json)."""
 SUMS_BYTES = 8 << 30
 """Largest float32 buffer that atomics may add dq in; what needs more takes the pass over the unions."""
 
@@ -109,7 +112,8 @@ def attend_backward(
     )
     lse = lse.contiguous()
     repeats = q.shape[1] // k.shape[1]
-    by_atomics = not deterministic and 4 * q.numel() <= SUMS_BYTES
+    few_heads = repeats < HEADS_FOR_UNIONS
+    by_atomics = not deterministic and few_heads and 4 * q.numel() <= SUMS_BYTES
     launch = launch or default_launch(q.shape[-1], repeats, block_size, q.dtype, not by_atomics)
     stats = row_stats(out, grad_out, lse)
     lists = query_lists(

@@ -3,7 +3,7 @@
 A program meets each block of the union of its tile's selections once (triton_unions.py).
 
     student_kernel     index scores only, rows are tokens: the student's log-sum-exp
-    difference_kernel  the heads of the group too: teacher, KL, dq_idx, and ds = p - t for the keys' gradient
+    difference_kernel  the heads of the group too: teacher, KL, dq_idx, and ds = p - t for dk_idx
 
 The second makes its scores transposed, [keys, heads * tokens], heads outside: in the layout of a product's
 result all heads of a token and key then lie in one thread, so that the mean over the heads is additions in
@@ -81,7 +81,9 @@ def _log2(x):
     """Binary logarithm of a positive normal number, to 1e-7: half the instructions of the library's."""
     bits = x.to(tl.int32, bitcast=True)
     above = bits - 0x3F3504F3  # of the square root of 1/2
-    x = (bits - (above & -0x800000)).to(tl.float32, bitcast=True) - 1.0  # sqrt(1/2) .. sqrt(2), less 1
+    x = (bits - (above & -0x800000)).to(
+        tl.float32, bitcast=True
+    ) - 1.0  # sqrt(1/2) .. sqrt(2), less 1
     # Least largest error of x P(x) to log2(1 + x).
     p = -0.1457444578 * x + 0.2368903905
     p = p * x - 0.2500690520
@@ -103,17 +105,83 @@ def _fold(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEWER: tl.constexpr):
 
 
 @triton.jit
+def _head_queries(
+    queries, lse, head, first_query, stride_h, stride_t, num_tokens, log2_repeats,
+    REPEATS: tl.constexpr, REPEATS_P: tl.constexpr, TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
+):  # fmt: skip
+    """Queries [WIDTH_P, REPEATS_P * TOKENS] of a group, heads outside, and their lse in log2 units."""
+    row, channel = tl.arange(0, REPEATS_P * TOKENS), tl.arange(0, WIDTH_P)
+    inside = (row // TOKENS < REPEATS) & (first_query + row % TOKENS < num_tokens)
+    head += row // TOKENS
+    at = head * stride_h + (first_query + row % TOKENS) * stride_t
+    mask = inside[:, None] & (channel < WIDTH)[None, :]
+    q = tl.trans(tl.load(queries + at[:, None] + channel[None, :], mask=mask, other=0.0))
+    at = head * num_tokens + first_query + row % TOKENS
+    # exp2(0 - inf): an absent row adds nothing to its token. With log2(R) the sum over heads is their mean.
+    return q, tl.load(lse + at, mask=inside, other=float("inf")) * 1.4426950408889634 + log2_repeats
+
+
+@triton.jit
+def _index_columns(
+    index_queries, index_lse, first_query, stride_t, num_tokens,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
+):  # fmt: skip
+    """Index queries [INDEX_P, COLUMNS] of a tile, 0 from column TOKENS on; the student's lse [TOKENS]."""
+    column, channel = tl.arange(0, COLUMNS), tl.arange(0, INDEX_P)
+    at = (first_query + column) * stride_t
+    mask = ((column < TOKENS) & (first_query + column < num_tokens))[:, None]
+    mask = mask & (channel < INDEX)[None, :]
+    index_q = tl.load(index_queries + at[:, None] + channel[None, :], mask=mask, other=0.0)
+    query = first_query + tl.arange(0, TOKENS)
+    return tl.trans(index_q), tl.load(index_lse + query, mask=query < num_tokens, other=0.0)
+
+
+@triton.jit
+def _store_columns(
+    to, grad, first_query, num_tokens,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
+):  # fmt: skip
+    """The first TOKENS columns of grad [INDEX_P, COLUMNS] to rows of (T, INDEX)."""
+    column, channel = tl.arange(0, COLUMNS), tl.arange(0, INDEX_P)
+    query = first_query + column
+    mask = (channel < INDEX)[:, None] & ((column < TOKENS) & (query < num_tokens))[None, :]
+    tl.store(to + query[None, :] * INDEX + channel[:, None], grad, mask=mask)
+
+
+@triton.jit
+def _repeated(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEWER: tl.constexpr):
+    """[ROWS, COLUMNS] from [ROWS, FEWER], the columns over and over."""
+    wide = tl.broadcast_to(tile[:, None, :], [ROWS, COLUMNS // FEWER, FEWER])
+    return tl.reshape(wide, [ROWS, COLUMNS])
+
+
+@triton.jit
+def _compared(
+    log_heads, log_student, student, support, index_scale,
+    KEYS: tl.constexpr, REPEATS_P: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Terms of the KL in log2 units, and p - t, [KEYS, TOKENS], from the heads' and the index products."""
+    teacher = _fold(tl.math.exp2(log_heads), KEYS, REPEATS_P * TOKENS, TOKENS)
+    log_student = _fold(log_student, KEYS, COLUMNS, TOKENS)  # absent columns are 0
+    log_student = log_student * index_scale - student[None, :]
+    # Outside the support the teacher may be infinite and the student's exponential too.
+    teacher = tl.where(support, teacher, 0.0)
+    divergence = teacher * (_log2(tl.maximum(teacher, 1e-30)) - log_student)  # 0 at t = 0
+    return divergence, tl.where(support, tl.math.exp2(log_student), 0.0) - teacher
+
+
+@triton.jit
 def difference_kernel(
     queries, keys, lse, index_queries, index_keys, index_lse,
     first_keys, members, counts, divergences, grad_q, differences,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_k,
     stride_iqb, stride_iqg, stride_iqt, stride_ikb, stride_ik,
-    groups, num_tokens, num_tiles, union_len, first_tile, window, scale, index_scale,
-    log2_repeats, factor,
+    groups, num_tokens, num_tiles, union_len, first_tile, window, scale, index_scale, log2_repeats, factor,
     REPEATS: tl.constexpr, REPEATS_P: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, GRAD: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    GRAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of the window that begins with tile `first_tile` and has `window` tokens in the scratch.
 
@@ -121,40 +189,26 @@ def difference_kernel(
     grad_q: (B, G, T, INDEX) float32, times `factor`.
     """
     PARTS: tl.constexpr = BLOCK // KEYS
-    LOG2E: tl.constexpr = 1.4426950408889634
     tile = first_tile + tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64)
     batch, group = plane // groups, plane % groups
-    # 64 bits, once a tile.
-    first_query = (tile * TOKENS).to(tl.int64)
-    row = tl.arange(0, REPEATS_P * TOKENS)
-    inside = (row // TOKENS < REPEATS) & (first_query + row % TOKENS < num_tokens)
-    head = group * REPEATS + row // TOKENS
-    channel = tl.arange(0, WIDTH_P)
-    at = batch * stride_qb + head * stride_qh + (first_query + row % TOKENS) * stride_qt
-    mask = inside[:, None] & (channel < WIDTH)[None, :]
-    q = tl.trans(tl.load(queries + at[:, None] + channel[None, :], mask=mask, other=0.0))
-    at = (batch * groups * REPEATS + head) * num_tokens + first_query + row % TOKENS
-    # exp2(0 - inf): an absent row adds nothing to its token. With log2(R) the sum over heads is their mean.
-    row_lse = tl.load(lse + at, mask=inside, other=float("inf")) * LOG2E + log2_repeats
-    column = tl.arange(0, COLUMNS)
-    channel = tl.arange(0, INDEX_P)
-    at = batch * stride_iqb + group * stride_iqg + (first_query + column) * stride_iqt
-    mask = ((column < TOKENS) & (first_query + column < num_tokens))[:, None]
-    mask = mask & (channel < INDEX)[None, :]
-    index_q = tl.load(index_queries + at[:, None] + channel[None, :], mask=mask, other=0.0)
-    index_q = tl.trans(index_q)
-    query = tile * TOKENS + tl.arange(0, TOKENS)
-    present = query < num_tokens
-    student = tl.load(index_lse + plane * num_tokens + query, mask=present, other=0.0)
+    first_query = (tile * TOKENS).to(tl.int64)  # 64 bits, once a tile
+    q, row_lse = _head_queries(
+        queries + batch * stride_qb, lse + batch * groups * REPEATS * num_tokens, group * REPEATS,
+        first_query, stride_qh, stride_qt, num_tokens, log2_repeats,
+        REPEATS, REPEATS_P, TOKENS, WIDTH, WIDTH_P,
+    )  # fmt: skip
+    index_q, student = _index_columns(
+        index_queries + batch * stride_iqb + group * stride_iqg, index_lse + plane * num_tokens,
+        first_query, stride_iqt, num_tokens, TOKENS, COLUMNS, INDEX, INDEX_P,
+    )  # fmt: skip
     entry = plane * num_tiles + tile
     first_keys += entry * union_len
     members += entry * union_len
     keys += batch * stride_kb + group * stride_kg
     index_keys += batch * stride_ikb
     differences += (plane * window + tl.program_id(0) * TOKENS) * (TOP_K * BLOCK)
-    # Of the index queries, [INDEX_P, COLUMNS]: from column TOKENS on the first columns again.
-    grad = tl.zeros([INDEX_P, COLUMNS], tl.float32)
+    grad = tl.zeros([INDEX_P, COLUMNS], tl.float32)  # from column TOKENS on the first ones again
     total = tl.zeros([KEYS, min(TOKENS, 8)], tl.float32)
     slot = tl.zeros([TOKENS], tl.int32)  # blocks of its own that each token has met
     key, token = tl.arange(0, KEYS), tl.arange(0, TOKENS)
@@ -167,24 +221,21 @@ def difference_kernel(
         index_k = _keys(index_keys, first, stride_ik, num_tokens, KEYS, INDEX, INDEX_P, WHOLE)
         scores = tl.dot(k, q, input_precision="ieee")  # [KEYS, REPEATS_P * TOKENS]
         log_student = tl.dot(index_k, index_q, input_precision="ieee")  # [KEYS, COLUMNS]
-        teacher = tl.math.exp2(scores * scale - row_lse[None, :])
-        teacher = _fold(teacher, KEYS, REPEATS_P * TOKENS, TOKENS)
-        log_student = _fold(log_student, KEYS, COLUMNS, TOKENS)  # absent columns are 0
-        log_student = log_student * index_scale - student[None, :]
         member = ((bits.to(WORD) >> token.to(WORD)) & 1) != 0
-        # Compared with the token and not the query, which would take registers of its own.
+        # The token and not the query, which would take registers of its own.
         support = member[None, :] & ((first - tile * TOKENS + key)[:, None] <= token[None, :])
-        # Outside the support the teacher may be infinite and the student's exponential too.
-        teacher = tl.where(support, teacher, 0.0)
-        divergence = teacher * (_log2(tl.maximum(teacher, 1e-30)) - log_student)  # 0 at t = 0
+        divergence, difference = _compared(
+            scores * scale - row_lse[None, :], log_student, student, support, index_scale,
+            KEYS, REPEATS_P, TOKENS, COLUMNS,
+        )  # fmt: skip
         total += _fold(divergence, KEYS, TOKENS, total.shape[1])
         if GRAD:
-            difference = tl.where(support, tl.math.exp2(log_student), 0.0) - teacher
             difference = difference.to(index_k.dtype)
-            columns = tl.broadcast_to(difference[:, None, :], [KEYS, COLUMNS // TOKENS, TOKENS])
-            columns = tl.reshape(columns, [KEYS, COLUMNS])
+            columns = _repeated(difference, KEYS, COLUMNS, TOKENS)
             grad = tl.dot(tl.trans(index_k), columns, grad, input_precision="ieee")
-            to = differences + (token * TOP_K + slot)[None, :] * BLOCK + (part * KEYS + key)[:, None]
+            to = (
+                differences + (token * TOP_K + slot)[None, :] * BLOCK + (part * KEYS + key)[:, None]
+            )
             tl.store(to, difference, mask=member[None, :])
             slot += (member & (part == PARTS - 1)).to(tl.int32)
     # Places once more from an opaque 0: carried through the loop they would take registers.
@@ -193,8 +244,6 @@ def difference_kernel(
     plane = (tl.program_id(1) + zero).to(tl.int64)
     tl.store(divergences + plane * num_tiles + tile, tl.sum(tl.sum(total, axis=1), axis=0))
     if GRAD:
-        column, channel = tl.arange(0, COLUMNS), tl.arange(0, INDEX_P)
-        query = tile * TOKENS + column
-        mask = (channel < INDEX)[:, None] & ((column < TOKENS) & (query < num_tokens))[None, :]
-        at = (plane * num_tokens + query)[None, :] * INDEX + channel[:, None]
-        tl.store(grad_q + at, grad * factor, mask=mask)
+        grad_q += plane * num_tokens * INDEX
+        grad *= factor
+        _store_columns(grad_q, grad, tile * TOKENS, num_tokens, TOKENS, COLUMNS, INDEX, INDEX_P)

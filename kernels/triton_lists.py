@@ -162,7 +162,7 @@ def query_lists(
 def _sort(
     block_ids: Tensor, starts: Tensor | None, num_slots: int, block_size: int, query_offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Edges t * K + i (P, T * K) int32 ordered by slot and query, where each slot begins (P, C + 1) int32."""
+    """Edges t * K + i (P, T * K) ordered by slot and query, where each slot begins (P, C + 1); int32."""
     batch, groups, num_queries, top_k = block_ids.shape
     planes, edges = batch * groups, num_queries * top_k
     device = block_ids.device

@@ -3,11 +3,12 @@
 The support of a row is the visible tokens of its selected blocks, for teacher and student alike; the lse is
 that of sparse attention over the same blocks.
 
-    student_kernel     a tile of queries and the union of its blocks (triton_unions.py), index scores only: the
-                       student's log-sum-exp, made anew rather than carried from the selection
+    student_kernel     a tile of queries and the union of its blocks (triton_unions.py), index scores only:
+                       the student's log-sum-exp, made anew rather than carried from the selection
     difference_kernel  fewer queries with all heads of the group: teacher, KL, dq_idx, and ds = p - t into a
                        scratch of bounded size, by query and block it selected
-    key_kernel         a block of keys and the edges that selected it (triton_lists.py): dk_idx from the scratch
+    key_kernel         a block of keys and the edges that selected it (triton_lists.py): dk_idx, from the
+                       scratch
 
 Windows of queries share the scratch, one after the other. Nothing is added by atomics: two runs give the
 same bits. Over unions the arithmetic is that of the selection times a small number
@@ -106,9 +107,7 @@ def sparse_kl(
     starts = None if starts is None else starts.contiguous()
     batch, groups, num_tokens, index_width = index_q.shape
     repeats = q.shape[1] // groups
-    launch = launch or default_launch(
-        q.shape[3], index_width, repeats, block_size, q.dtype
-    )
+    launch = launch or default_launch(q.shape[3], index_width, repeats, block_size, q.dtype)
     blocks = _SelectedBlocks(
         q, k, lse.float().contiguous(), index_q, index_k, block_ids, starts,
         block_size, scale * LOG2_E, index_scale * LOG2_E, launch,
@@ -160,14 +159,10 @@ class _SelectedBlocks:
         tile_bytes = unions.tokens * batch * groups * top_k * self.block_size
         tile_bytes *= self.q.element_size()
         step = min(num_tiles, max(1, SCRATCH_BYTES // tile_bytes))
-        scratch = self.q.new_empty(
-            batch * groups, step * unions.tokens, top_k, self.block_size
-        )
+        scratch = self.q.new_empty(batch * groups, step * unions.tokens, top_k, self.block_size)
         for tile in range(0, num_tiles, step):
             last = min(tile + step, num_tiles)
-            self._differences(
-                index_lse, unions, tile, last, divergences, grad_q, scratch, factor
-            )
+            self._differences(index_lse, unions, tile, last, divergences, grad_q, scratch, factor)
             self._add_key_gradients(
                 tile * unions.tokens, min(last * unions.tokens, num_tokens), scratch, grad_k, chunk
             )
@@ -223,7 +218,8 @@ class _SelectedBlocks:
             groups, num_tokens, num_tiles, union_len, first, scratch.shape[1],
             self.scale, self.index_scale, math.log2(self.repeats), factor,
             REPEATS=self.repeats, REPEATS_P=triton.next_power_of_2(self.repeats), TOKENS=unions.tokens,
-            COLUMNS=max(unions.tokens, 16), TOP_K=self.block_ids.shape[3], WIDTH=width, WIDTH_P=padded_width(width), STAGES=launch.num_stages, GRAD=factor != 0.0,
+            COLUMNS=max(unions.tokens, 16), TOP_K=self.block_ids.shape[3], STAGES=launch.num_stages,
+            WIDTH=width, WIDTH_P=padded_width(width), GRAD=factor != 0.0,
             WHOLE=self.starts is None and num_tokens % self.block_size == 0,
             **self._index_sizes(launch), num_stages=launch.num_stages,
         )  # fmt: skip

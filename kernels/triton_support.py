@@ -67,6 +67,11 @@ def target_arch() -> int:
     return int(triton.runtime.driver.active.get_current_target().arch)
 
 
+def spills_less() -> bool:
+    """Whether the compiler is older than 3.9, which fits less into a cap on registers."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+
+
 def shared_by(programs: int) -> int | None:
     """`programs` of a launch, on sm_90: the only one where the cap on registers spills nothing in loops."""
     return programs if target_arch() == 90 else None

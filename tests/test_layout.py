@@ -168,7 +168,7 @@ def test_pinned_versions_satisfy_the_package() -> None:
                 pins[package.lower()] = version
     script = (ROOT / "launch" / "_environment.sh").read_text()
     for package in ("torch", "numpy"):
-        found = re.search(rf"^{package.upper()}_VERSION=(\S+)$", script, flags=re.MULTILINE)
+        found = re.search(rf"\b{package.upper()}_VERSION=([\d.]+)", script)
         assert found
         pins[package] = found[1]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
