@@ -106,7 +106,7 @@ def _partitioned(cases: list[dict]) -> list[dict]:
 
 
 def run_worker(
-    folder: Path, cases: list[dict], world_size: int, environment: dict[str, str]
+    folder: Path, cases: list[dict], world_size: int, environment: dict[str, str], patience: type
 ) -> None:
     """Run worker_zero.py on `world_size` ranks."""
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -117,8 +117,9 @@ def run_worker(
             processes.append(
                 subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             )
-    codes = [process.wait(timeout=400) for process in processes]
-    assert codes == [0] * world_size, (folder / "output-0.txt").read_text()[-3000:]
+    output = folder / "output-0.txt"
+    codes = patience(processes).ended(output.read_text)
+    assert codes == [0] * world_size, output.read_text()[-3000:]
 
 
 @pytest.fixture(scope="session")
@@ -128,31 +129,35 @@ def start_folder(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def triton_results(start_folder, tmp_path_factory, test_environment) -> dict[str, dict]:
+def triton_results(start_folder, tmp_path_factory, test_environment, patience) -> dict[str, dict]:
     """What two ranks saw in every case of `_triton_cases`, by name."""
     import torch
 
     folder = tmp_path_factory.mktemp("zero-triton")
     (folder / "start").symlink_to(start_folder)
     cases = _triton_cases()
-    run_worker(folder, cases, 2, test_environment)
+    run_worker(folder, cases, 2, test_environment, patience)
     return {c["name"]: torch.load(folder / f"{c['name']}.pt") for c in cases}
 
 
 @pytest.fixture(scope="session")
-def zero_results(tiny, start_folder, tmp_path_factory, test_environment) -> dict[str, dict]:
+def zero_results(
+    tiny, start_folder, tmp_path_factory, test_environment, patience
+) -> dict[str, dict]:
     """What two ranks saw in every case of `_cases`, by name."""
     import torch
 
     folder = tmp_path_factory.mktemp("zero")
     (folder / "start").symlink_to(start_folder)
     cases = _cases()
-    run_worker(folder, cases, 2, test_environment)
+    run_worker(folder, cases, 2, test_environment, patience)
     return {c["name"]: torch.load(folder / f"{c['name']}.pt") for c in cases}
 
 
 @pytest.fixture(scope="session")
-def one_rank_results(tiny, start_folder, tmp_path_factory, test_environment) -> dict[str, dict]:
+def one_rank_results(
+    tiny, start_folder, tmp_path_factory, test_environment, patience
+) -> dict[str, dict]:
     """The same rows as two ranks see, on one rank."""
     import torch
 
@@ -161,7 +166,7 @@ def one_rank_results(tiny, start_folder, tmp_path_factory, test_environment) -> 
     stage = {"kind": "sparse", "micro_batch_size": 4}
     cases = [{"name": f"sparse-z{zero}", "zero": zero, "stage": stage} for zero in (0, 1, 2, 3)]
     cases += [case for case in _cases() if case["name"] == "measured-z3"]
-    run_worker(folder, cases, 1, test_environment)
+    run_worker(folder, cases, 1, test_environment, patience)
     return {c["name"]: torch.load(folder / f"{c['name']}.pt") for c in cases}
 
 

@@ -144,7 +144,7 @@ def main() -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=5),
+        timeout=timedelta(minutes=30),
     )
     import deepspeed
 
