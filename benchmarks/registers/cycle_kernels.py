@@ -93,12 +93,12 @@ class Role:
     """How often the innermost code behind a forward branch runs, a step."""
 
 
-def _key_tile_flops(products: int) -> Callable[[Shape, Constants], float]:
-    return lambda shape, _: (_main(shape) + products * _index(shape)) * _edges(shape)
-
-
 _STUDENT = Role(lambda shape, c: _index(shape) * _over_unions(shape, c))
-_BY_QUERY = Role(lambda shape, c: 3 * _main(shape) * _over_unions(shape, c))
+_BACKWARD = {
+    # With atomics a fifth product makes dq, else a kernel of its own.
+    "_key_gradients": Role(lambda s, c: (5 if c.get("ATOMIC") else 4) * _main(s) * _edges(s)),
+    "_query_gradients": Role(lambda shape, c: 3 * _main(shape) * _over_unions(shape, c)),
+}
 
 
 def _index_pairs(shape: Shape, _: Constants) -> float:
@@ -111,13 +111,8 @@ ROLES: dict[str, dict[str, Role]] = {
         "_select": Role(_index_pairs, rare=lambda c: c.get("KEYS", 1) / c.get("BLOCK", 1)),
     },
     "sparse": {"_attend": Role(lambda shape, c: 2 * _main(shape) * _over_unions(shape, c))},
-    "sparse backward": {
-        "_key_gradients": Role(lambda shape, _: 5 * _main(shape) * _edges(shape)),
-    },
-    "sparse backward deterministic": {
-        "_key_gradients": Role(lambda shape, _: 4 * _main(shape) * _edges(shape)),
-        "_query_gradients": _BY_QUERY,
-    },
+    "sparse backward": _BACKWARD,
+    "sparse backward deterministic": _BACKWARD,
     "kl": {
         "_student": Role(_index_pairs),
         "_difference": Role(
@@ -125,20 +120,15 @@ ROLES: dict[str, dict[str, Role]] = {
             heads_inside=True,
             moved=_scratch(1),
         ),
-        "_query_gradient": Role(_index_pairs, moved=_scratch(1)),
-        "_key_gradient": Role(_index_pairs, moved=_scratch(1)),
+        "query_gradient_kernel": Role(_index_pairs, moved=_scratch(1)),
+        "key_gradient_kernel": Role(_index_pairs, moved=_scratch(1)),
     },
     "sparse kl": {
         "student_kernel": _STUDENT,
-        "_key_tile": Role(_key_tile_flops(3), heads_inside=True),
-    },
-    "sparse kl deterministic": {
-        "student_kernel": _STUDENT,
-        "_key_tile": Role(_key_tile_flops(2), heads_inside=True),
-        "query_kernel": Role(
-            lambda shape, c: (_main(shape) + 2 * _index(shape)) * _over_unions(shape, c),
-            heads_inside=True,
+        "difference_kernel": Role(
+            lambda shape, c: (_main(shape) + 2 * _index(shape)) * _over_unions(shape, c)
         ),
+        "key_kernel": Role(lambda shape, _: _index(shape) * _edges(shape)),
     },
     "decode": {
         # Sixteen columns at least, of which the index heads fill some.
@@ -217,15 +207,10 @@ def _full_kl(shape: Shape) -> None:
     triton_kl.full_kl(*inputs, None, **options)
 
 
-def _sparse_kl(deterministic: bool) -> Callable[[Shape], None]:
-    def start(shape: Shape) -> None:
-        inputs, options = _kl_inputs(shape)
-        triton_sparse_kl.sparse_kl(
-            *inputs, _tensors(shape)["ids"], None,
-            block_size=shape.block_size, deterministic=deterministic, **options,
-        )  # fmt: skip
-
-    return start
+def _sparse_kl(shape: Shape) -> None:
+    inputs, options = _kl_inputs(shape)
+    ids = _tensors(shape)["ids"]
+    triton_sparse_kl.sparse_kl(*inputs, ids, None, block_size=shape.block_size, **options)
 
 
 def _decode(shape: Shape) -> None:
@@ -242,7 +227,6 @@ _LAUNCHES: dict[str, Callable[[Shape], None]] = {
     "sparse backward": _backward(False),
     "sparse backward deterministic": _backward(True),
     "kl": _full_kl,
-    "sparse kl": _sparse_kl(False),
-    "sparse kl deterministic": _sparse_kl(True),
+    "sparse kl": _sparse_kl,
     "decode": _decode,
 }

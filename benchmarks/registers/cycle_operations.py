@@ -106,9 +106,6 @@ ENTRIES: dict[str, Entry] = {
         ("sparse backward deterministic",), _backward, training_bytes, "backward"
     ),
     "sparse kl": Entry(("sparse kl",), sparse_kl_flops, kl_bytes, "training"),
-    "sparse kl deterministic": Entry(
-        ("sparse kl deterministic",), sparse_kl_flops, kl_bytes, "training"
-    ),
     "training layer": Entry(
         ("select", "sparse", "sparse backward", "sparse kl"),
         _training,
@@ -272,15 +269,16 @@ def _row(
 
 
 def measurements(folder: Path, device: str) -> Measured:
-    """Times on `device` from the files of kernels.py in a folder; of several kinds of data `model` counts.
+    """Times on `device` from the files of kernels.py in a folder; of several kinds of data `model` counts, of
+    several runs the latest.
 
     The unions of the longest rows of that data stand for all, where records have them.
     """
     unions: dict[int, float] = {1: 1.0}
     longest = 0
     found: dict[tuple[str, int, int, int], tuple[bool, float]] = {}
-    for file in sorted(folder.glob("*.json")):
-        run = json.loads(file.read_text())
+    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    for run in sorted(runs, key=_date):
         gpu = run.get("gpu") if isinstance(run, dict) else None
         if not isinstance(gpu, dict) or device not in str(gpu.get("name")):
             continue
@@ -295,13 +293,18 @@ def measurements(folder: Path, device: str) -> Measured:
                 record["length"],
             )
             as_model = "model" in str(record.get("data"))
-            if key not in found or as_model > found[key][0]:
+            if key not in found or as_model >= found[key][0]:
                 found[key] = as_model, record["ms"] / 1e3
             if as_model and record.get("union_factor") and record["length"] > longest:
                 longest = record["length"]
                 unions |= {int(n): factor for n, factor in record["union_factor"].items()}
     seconds = {key: seconds for key, (_, seconds) in found.items()}
     return Measured(seconds, unions if longest else UNION_FACTORS)
+
+
+def _date(run: Any) -> str:
+    about = run.get("environment") if isinstance(run, dict) else None
+    return str(about.get("date", "")) if isinstance(about, dict) else ""
 
 
 def _is_default(record: Mapping[str, Any]) -> bool:
