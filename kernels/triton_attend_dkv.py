@@ -370,7 +370,6 @@ def key_value_gradients(
 
     # Products of Hopper and later take 64 rows: [D, queries] has them, [queries, D] has not.
     turned = target_arch() >= 90 and keys >= 64
-
     repeats = heads // groups
 
     def walk(programs: int, done: int, rows: int, stages: int) -> None:
@@ -386,12 +385,12 @@ def key_value_gradients(
             stride_qt=q.stride(2), stride_gt=grad_out.stride(2), stride_dt=into.stride(2), heads=heads,
             **shape, KEYS=keys, ROWS=rows, HEADS=shared, STAGES=stages, ATOMIC=grad_q is not None,
             TURNED=turned and not done, SHARE=done > 0,
-            num_warps=launch.num_warps,
+            num_warps=8 if done else launch.num_warps,
         )  # fmt: skip
 
     walk(lists.programs, 0, launch.rows, launch.num_stages)
     if lists.owners.shape[0] > lists.programs:
-        # The loop over chunks takes registers, so this kernel has smaller steps.
+        # The loop over chunks takes registers, so this kernel has smaller steps and eight warps.
         walk(TAIL_PROGRAMS, lists.programs, min(launch.rows, 32), 2)
     if lists.split_owners.shape[0]:
         _add_partials[(lists.split_owners.shape[0] * (block_size // MERGED_KEYS),)](
