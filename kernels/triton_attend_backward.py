@@ -112,7 +112,8 @@ def attend_backward(
     )
     lse = lse.contiguous()
     repeats = q.shape[1] // k.shape[1]
-    few_heads = repeats < HEADS_FOR_UNIONS
+    # Before Hopper a program with atomics does not fit its registers.
+    few_heads = repeats < HEADS_FOR_UNIONS and target_arch() >= 90
     by_atomics = not deterministic and few_heads and 4 * q.numel() <= SUMS_BYTES
     launch = launch or default_launch(q.shape[-1], repeats, block_size, q.dtype, not by_atomics)
     stats = row_stats(out, grad_out, lse)

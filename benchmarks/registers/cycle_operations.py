@@ -269,7 +269,7 @@ def _row(
 
 
 def measurements(folder: Path, device: str) -> Measured:
-    """Times on `device` from the files of kernels.py in a folder; of several kinds of data `model` counts, of
+    """Times on `device` from files of kernels.py; of several kinds of data `model` counts, of
     several runs the latest.
 
     The unions of the longest rows of that data stand for all, where records have them.
