@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench_goals import Predictions, goals
 
 Record = dict[str, Any]
+MODEL = Path(__file__).resolve().parent / "results" / "cycle-model.json"
 PHASES = {"prefill": "layer", "decode": "decode"}
 
 
@@ -105,12 +107,23 @@ def _against_others(records: Sequence[Record], ours: Record) -> str:
     return "; ".join(timed)
 
 
+def predictions(gpu: str, model: Path = MODEL) -> Predictions:
+    """What registers/model.py --json predicted for a GPU, by its name; empty where it knows none such."""
+    rows = json.loads(model.read_text())["operations"] if model.is_file() else []
+    return {
+        (row["operation"], f"{row['heads']}/{row['groups']}", row["length"]): row["ratio"]
+        for row in rows
+        if row["device"] in gpu
+    }
+
+
 def main() -> None:
     """Print the table of a file: python benchmarks/bench_report.py kernels.json"""
     import sys
 
-    with open(sys.argv[1]) as handle:
-        print(summary(json.load(handle)["results"]))
+    record = json.loads(Path(sys.argv[1]).read_text())
+    gpu = (record.get("gpu") or {}).get("name", "")
+    print(summary(record["results"], predictions(gpu)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """From which length on sparse attention is faster than dense attention, as measured on a device.
 
-Read by model/execution.py for mode "auto". `MEASURED` holds what was measured and committed; it is empty
-until then. A file of one's own, as benchmarks/kernels.py writes it, is read by `read`.
+Read by model/execution.py for mode "auto". `MEASURED` holds what was measured and committed. A file of one's own, as benchmarks/kernels.py writes it, is read by `read`.
 
 A layout is told by its heads per group, heads / groups: dense work goes with the query heads and selection
 with the groups (arXiv 2606.13392, section 2), so layouts of one ratio break even at about one length. The
@@ -34,7 +33,14 @@ class Measured:
     """Shortest measured length from which on the sparse layer was faster."""
 
 
-MEASURED: tuple[Measured, ...] = ()
+_H100 = "NVIDIA H100 80GB HBM3"
+MEASURED: tuple[Measured, ...] = (
+    # benchmarks/results/h100-kernels-5808e4d.json; 32K is the shortest length that was measured.
+    Measured(_H100, 64, 4, "prefill", 32768),
+    Measured(_H100, 64, 4, "decode", 32768),
+    Measured(_H100, 32, 8, "prefill", 32768),
+    Measured(_H100, 32, 8, "decode", 32768),
+)
 
 
 def break_even(
