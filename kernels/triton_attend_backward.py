@@ -53,12 +53,15 @@ def default_launch(
     if dtype == torch.float32:
         by_key = by_query = float32_launch()
     else:
-        by_key, by_query = _tiles(padded_width(width), min(block_size, 128), deterministic)
+        # Rows of one head after another, and padded channels, take registers of their own.
+        plain = repeats & (repeats - 1) == 0 and width == padded_width(width)
+        keys = min(block_size, 128)
+        by_key, by_query = _tiles(padded_width(width), keys, deterministic, plain)
     rows = max(by_query.rows, triton.next_power_of_2(repeats))
     return BackwardLaunch(by_key=by_key, by_query=replace(by_query, rows=rows))
 
 
-def _tiles(wide: int, keys: int, deterministic: bool) -> tuple[Launch, Launch]:
+def _tiles(wide: int, keys: int, deterministic: bool, plain: bool) -> tuple[Launch, Launch]:
     """By key and by query, for 16 bits. A product of Hopper takes 64 rows from each four warps."""
     before_hopper = target_arch() < 90
     if wide > 128:
@@ -68,11 +71,13 @@ def _tiles(wide: int, keys: int, deterministic: bool) -> tuple[Launch, Launch]:
     if before_hopper:
         return Launch(64 if deterministic else 32, min(keys, 64), 8, 2), Launch(64, 64, 8, 2)
     by_query = Launch(64, 64, 4, 2)
-    # Two programs on a multiprocessor, out of step. Atomics are one row of dq for every program that
-    # meets it, so there a program holds the whole block.
+    if keys < 64:
+        return Launch(32 if deterministic else 16, keys, 4, 3), by_query
+    # Two programs on a multiprocessor, out of step. Atomics add a row of dq for every program that meets
+    # it, so there a program holds the whole block.
     if deterministic or keys < 128:
-        return Launch(32, min(keys, 64), 4, 3), by_query
-    return Launch(64, keys, 8, 3), by_query
+        return Launch(32, 64, 4, 3), by_query
+    return Launch(64 if plain else 32, keys, 8, 3), by_query
 
 
 def attend_backward(
