@@ -146,7 +146,9 @@ def _line(record: Record) -> str:
 def summary(records: Sequence[Record]) -> str:
     """How many passed, and every one that did not."""
     failed = [record for record in records if record["failed"]]
-    lines = [f"{len(records) - len(failed)} of {len(records)} checks passed"]
+    left_out = sum(record["check"].startswith("left out") for record in records)
+    passed = len(records) - len(failed) - left_out
+    lines = [f"{passed} of {len(records)} checks passed, {left_out} do not apply"]
     return "\n".join([*lines, *map(_line, failed)])
 
 
