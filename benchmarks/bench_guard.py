@@ -3,12 +3,13 @@
 A wild memory access makes a CUDA device useless to the process that did it, and a kernel that never ends
 holds its process for ever. So the measuring process writes down what it begins; when it is lost it leaves
 with the exit code LOST, and `supervise` starts it again with `--continue`, which skips what is written.
-Called by kernels.py and step.py.
+Called by kernels.py, check_run.py and step.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 LOST = 75
 """Exit code of a process that lost the device."""
@@ -43,6 +46,26 @@ def supervise() -> int | None:
         if "--continue" not in command:
             command.append("--continue")
     return code
+
+
+def earlier(file: Path | None, go_on: bool, key: str = "results") -> list[dict[str, Any]]:
+    """What the process before this one wrote; nothing where this one does not go on behind another."""
+    if not go_on or file is None or not file.is_file():
+        return []
+    return json.loads(file.read_text())[key]
+
+
+def device_works(device_type: str) -> bool:
+    """Give memory back; whether the device still works (a wild access ends it for the process)."""
+    import torch
+
+    if device_type == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
 
 
 def begun() -> float:

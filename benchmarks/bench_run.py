@@ -21,7 +21,7 @@ from bench_data import (
     stored_inputs,
     union_factors,
 )
-from bench_guard import UNFINISHED, at_most
+from bench_guard import UNFINISHED, at_most, device_works
 from bench_operations import OPERATIONS
 from bench_table import Implementation, Operation
 from bench_timing import CACHE_BYTES, Bench, Ceilings, Timing
@@ -115,7 +115,7 @@ class Runner:
                     limit = CASE_S * (3 if one.compiled else 1)
                     with at_most(limit if self.bench.cuda else None):
                         self._measure(record, operation, one, inputs)
-                        working = self.works()
+                        working = device_works(self.bench.device.type)
                     self.records.append(record)
                     self.say(line(record))
                     self.saved(self.records)
@@ -163,7 +163,7 @@ class Runner:
             self.say(f"{shape.name} {shape.length}: the inputs do not fit into memory")
         except ValueError as error:
             self.say(f"{shape.name} {shape.length}, {data}: {error}")
-        self.works()
+        device_works(self.bench.device.type)
         return None
 
     def make(self, shape: Shape, data: str) -> Inputs:
@@ -293,16 +293,6 @@ class Runner:
         if seconds < self._best.get((operation, shape), float("inf")):
             self._best[operation, shape] = seconds
             self._favourite[operation, shape.name] = name
-
-    def works(self) -> bool:
-        """Give memory back; whether the device still works (a wild access ends it for the process)."""
-        if self.bench.cuda:
-            try:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-            except RuntimeError:
-                return False
-        return True
 
 
 def _key(record: Record) -> tuple[Any, ...]:

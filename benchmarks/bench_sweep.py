@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from bench_data import Shape
-from bench_guard import UNFINISHED, at_most, leave
+from bench_guard import UNFINISHED, at_most, device_works, leave
 from bench_operations import OPERATIONS
 from bench_run import CASE_S, Plan, Runner, with_ids
 from bench_timing import Bench
@@ -74,7 +74,7 @@ def sweep(
                             {**where, **_one(one, inputs, launch, bench, operation.decode)}
                         )
                     saved([*found, *entries])
-                    if not runner.works():
+                    if not device_works(bench.device.type):
                         leave()
                 _show(entries, shape, bench.cuda)
                 found += entries

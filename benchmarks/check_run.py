@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_guard import UNFINISHED, at_most, begun, leave, supervise
+from bench_guard import UNFINISHED, at_most, begun, device_works, earlier, leave, supervise
 
 CASE_S = 60.0
 """A check that takes longer, compilation included, hangs."""
@@ -90,7 +90,7 @@ def _check(options: argparse.Namespace, chosen: list[str]) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("no CUDA device here: use --dry to see that everything runs", file=sys.stderr)
         return 2
-    records, about = _earlier(options), environment()
+    records, about = earlier(options.json, options.go_on), environment()
     known = {(record["setting"], record["operation"]) for record in records}
     for setting in SETTINGS:
         for name, check in CHECKS.items():
@@ -113,7 +113,7 @@ def _check(options: argparse.Namespace, chosen: list[str]) -> int:
                 except Exception as error:  # the others go on
                     said = (str(error).strip() or "no message").splitlines()[0][:300]
                     record |= {"check": f"{type(error).__name__}: {said}", "failed": True}
-                lost = not _works(device)
+                lost = not device_works(device.type)
             record["seconds"] = round(time.perf_counter() - start, 2)
             records.append(record)
             print(_line(record), flush=True)
@@ -123,19 +123,6 @@ def _check(options: argparse.Namespace, chosen: list[str]) -> int:
                     break
                 leave()
     return 1 if any(record["failed"] for record in records) else 0
-
-
-def _works(device: Any) -> bool:
-    """Give memory back; whether the device still works (a wild access ends it for the process)."""
-    import torch
-
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            return False
-    return True
 
 
 def _line(record: Record) -> str:
@@ -159,13 +146,6 @@ def _write(options: argparse.Namespace, about: Record, records: Sequence[Record]
 
     content = {"schema": 1, "environment": about, "dry": options.dry}
     write(options.json, {**content, "results": list(records)})
-
-
-def _earlier(options: argparse.Namespace) -> list[Record]:
-    """What the process before this one checked."""
-    if not options.go_on or options.json is None or not options.json.is_file():
-        return []
-    return json.loads(options.json.read_text())["results"]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

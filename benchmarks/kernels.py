@@ -16,7 +16,6 @@ gets no speed, and the exit code is 1. What is measured: bench_operations.py. Th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_guard import begun, leave, supervise
+from bench_guard import begun, earlier, leave, supervise
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The two calls of gpu.sh for a GPU that is lent for minutes.
@@ -163,7 +162,7 @@ def _measure(options: argparse.Namespace) -> int:
         say=lambda text: print(text, flush=True),
         saved=save if options.json is not None else lambda records: None,
         lost=leave if options.json is not None and bench.cuda else lambda: None,
-        records=_earlier(options),
+        records=earlier(options.json, options.go_on),
     )
     fine = runner.run()
     save(runner.records)
@@ -199,18 +198,11 @@ def _sweep(options: argparse.Namespace) -> int:
         part=_part(options.part),
         ends_at=begun() + options.total_s,
         saved=save,
-        earlier=_earlier(options, "sweep"),
+        earlier=earlier(options.json, options.go_on, "sweep"),
     )
     if options.dry:
         print("dry: no speed")
     return 0
-
-
-def _earlier(options: argparse.Namespace, key: str = "results") -> list[dict[str, Any]]:
-    """What the process before this one measured."""
-    if not options.go_on or options.json is None or not options.json.is_file():
-        return []
-    return json.loads(options.json.read_text())[key]
 
 
 def _shapes(options: argparse.Namespace) -> list[Any]:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_guard import UNFINISHED, at_most, begun, leave, supervise
+from bench_guard import UNFINISHED, at_most, begun, device_works, earlier, leave, supervise
 
 CASE_S = 120.0
 """A case that takes longer, compilation included, hangs."""
@@ -75,7 +75,7 @@ def _measure(options: argparse.Namespace) -> int:
     )
     speed = not (options.dry or options.check)
     runner = Runner(device, dtype, options.budget_s, options.data, speed, options.check)
-    records, about = _earlier(options), environment()
+    records, about = earlier(options.json, options.go_on), environment()
     for case in planned:
         if any(
             all(record[name] == value for name, value in case.key.items()) for record in records
@@ -91,7 +91,7 @@ def _measure(options: argparse.Namespace) -> int:
         records.append(record)
         print(_line(record), flush=True)
         _write(options, about, records, projections(records))
-        if not runner.works():
+        if not device_works(runner.device.type):
             if options.json is not None:
                 leave()
             break
@@ -160,13 +160,6 @@ def _write(
         "projected": list(projected),
     }
     write(options.json, content)
-
-
-def _earlier(options: argparse.Namespace) -> list[Record]:
-    """What the process before this one measured."""
-    if not options.go_on or options.json is None or not options.json.is_file():
-        return []
-    return json.loads(options.json.read_text())["results"]
 
 
 def _tokens(text: str) -> int:

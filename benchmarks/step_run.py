@@ -108,17 +108,6 @@ class Runner:
         gc.collect()
         return record
 
-    def works(self) -> bool:
-        """Give memory back; whether the device still works (a wild access ends it for the process)."""
-        if self.device.type != "cuda":
-            return True
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            return False
-        return True
-
     def _compared(self, case: Case) -> str:
         """Gradients of two layers on short rows through Triton against those through torch.
 

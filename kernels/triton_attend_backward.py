@@ -69,7 +69,7 @@ def _tiles(wide: int, keys: int, deterministic: bool, plain: bool) -> tuple[Laun
     if wide < 128:
         return Launch(64, keys, 8 if keys == 128 else 4, 3), Launch(64, 64, 4, 2)
     if before_hopper:
-        return Launch(64 if deterministic else 32, min(keys, 64), 8, 2), Launch(64, 64, 8, 2)
+        return Launch(64, min(keys, 64), 8, 2), Launch(64, 64, 8, 2)  # never atomics
     by_query = Launch(64, 64, 4, 2)
     if keys < 64:
         return Launch(32 if deterministic else 16, keys, 4, 3), by_query

@@ -94,14 +94,3 @@ def teacher_tile(
         scores = tl.dot(q, k, input_precision="ieee")
         teacher += tl.math.exp2(scores * scale - base[:, None])
     return teacher
-
-
-@triton.jit
-def divergence_and_difference(teacher, log_student, support):
-    """KL in log2 units [ROWS], and p - t [ROWS, KEYS] float32; log_student in log2 units."""
-    # Outside the support the teacher may be infinite and the student's exponential too, log_student never.
-    teacher = tl.where(support, teacher, 0.0)
-    # t log t is 0 at t = 0.
-    log_teacher = fast_log2(tl.maximum(teacher, LEAST))
-    divergence = tl.sum(teacher * (log_teacher - log_student), axis=1)
-    return divergence, tl.where(support, tl.math.exp2(log_student), 0.0) - teacher

@@ -67,9 +67,13 @@ def target_arch() -> int:
     return int(triton.runtime.driver.active.get_current_target().arch)
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def spills_less() -> bool:
     """Whether the compiler is older than 3.9, which fits less into a cap on registers."""
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+    return _version() < (3, 9)
 
 
 def shared_by(programs: int) -> int | None:
@@ -81,8 +85,7 @@ def check_version() -> None:
     """Raises:
     ValueError: Triton is older or newer than what the kernels were compiled with.
     """
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if not OLDEST <= version <= NEWEST:
+    if not OLDEST <= _version() <= NEWEST:
         oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
         raise ValueError(
             f"Triton {triton.__version__} is installed, the kernels were compiled with {oldest} to "

@@ -30,6 +30,8 @@ from cycle_compile import DECODE_LENGTHS, Compiled, Kernel, program_step
 from cycle_kernels import UNION_FACTORS
 from cycle_rules import Device
 
+from dense2sparse.kernels.triton_attend_backward import HEADS_FOR_UNIONS
+
 LENGTHS = DECODE_LENGTHS
 TRAINED_LENGTHS = LENGTHS[:2]
 LIST_BYTES = 160.0
@@ -143,7 +145,8 @@ def side_bytes(part: str, shape: Shape) -> float:
         return _decode_bytes(shape) - 2.0 * shape.index_width * shape.length
     if part.startswith("sparse backward"):
         # The row sums read out and its gradient; dq in float32 is zeroed, read and rounded.
-        buffer = 0.0 if part.endswith("deterministic") else 10 * main
+        many = shape.heads // shape.groups >= HEADS_FOR_UNIONS
+        buffer = 0.0 if many or part.endswith("deterministic") else 10 * main
         return LIST_BYTES * edges + 4 * main + buffer
     if part.startswith("sparse kl"):
         return LIST_BYTES * edges + 12 * index

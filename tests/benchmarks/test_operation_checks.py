@@ -89,7 +89,7 @@ def test_a_check_that_breaks_its_process_costs_only_itself(tmp_path):
         "import bench_record, check_operations, check_run\n"
         "bench_record.environment = dict\n"
         "from bench_checks import Verdict\n"
-        "check_run.CASE_S, check_run._works = 5.0, lambda device: True\n"
+        "check_run.CASE_S, check_run.device_works = 5.0, lambda device: True\n"
         "def breaks(setting, device): os._exit(75)\n"
         "def fine(setting, device): return Verdict(0.0)\n"
         "check_operations.CHECKS = {'first': fine, 'second': breaks, 'third': fine}\n"
