@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,19 +19,15 @@ from dense2sparse.recipes.load import fingerprint, load
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 
 
-def test_plan_takes_under_a_second_and_never_imports_torch() -> None:
+def test_plan_needs_no_heavy_library() -> None:
     code = (
         "import sys; from dense2sparse.launch.cli import main; "
         f"code = main(['plan', {QUICKSTART!r}, 'train.seed=3']); "
-        "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'numpy', 'datasets', 'wandb'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else code)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # Processor time: the machine may be busy with other tests.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     assert "seed: 3" in done.stdout and "block_size: 32" in done.stdout
     assert "full attention; trains index branch" in done.stdout
 
