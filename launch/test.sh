@@ -3,6 +3,7 @@
 #
 #   ./launch/test.sh [pytest arguments]               for example tests/recipes -x
 #   STACK=torch-2.11 ./launch/test.sh                 the same with torch 2.11, Triton 3.6, transformers 5.17
+#   TEST_WORKERS=0 ./launch/test.sh                   in one process, for a debugger; default: one a core, at most 4
 #
 # Style and types first, since they take seconds.
 set -euo pipefail
@@ -33,7 +34,11 @@ for folder in recipes kernels data model train eval launch; do
     if compgen -G "$folder/*.py" >/dev/null; then packages+=(-p "dense2sparse.$folder"); fi
 done
 step "mypy" env MYPYPATH=.typing mypy "${packages[@]}"
-step "pytest" python -m pytest "$@"
+# A worker and the processes that its tests start take up to 4 GiB.
+workers=$(nproc)
+workers=${TEST_WORKERS:-$((workers < 4 ? workers : 4))}
+# A file's tests stay together, since they share what is dear to make.
+step "pytest" python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
 
 if ((status)); then
     say "FAILED after $SECONDS s"

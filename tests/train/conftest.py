@@ -78,7 +78,7 @@ def _cases() -> list[dict]:
 def _triton_cases() -> list[dict]:
     """Two steps through the Triton kernels, under the interpreter that tests/conftest.py asks for."""
     cases = []
-    for zero, recompute in ((0, False), (1, True), (2, False), (3, True)):
+    for zero, recompute in ((1, True), (2, False), (3, True)):
         stage = {"kind": "sparse", "activation_checkpointing": recompute}
         cases.append({"name": f"sparse-z{zero}-c{int(recompute)}", "zero": zero, "stage": stage})
     trained = {"kind": "warmup", "backbone": "trained", "backbone_lr": 1e-3}

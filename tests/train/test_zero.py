@@ -91,7 +91,6 @@ def test_two_ranks_follow_plain_torch(zero_results, plain, zero, recompute):
 @pytest.mark.parametrize(
     "name",
     [
-        "sparse-z0-c0",
         "sparse-z1-c1",
         "sparse-z2-c0",
         "sparse-z3-c1",
