@@ -48,6 +48,7 @@ CASES: dict[str, Callable[[], None]] = {
     for length, heads, groups, width, block, documents in (
         (1 << 20, 64, 4, 128, 128, False),
         (1 << 17, 32, 8, 128, 128, True),
+        (1 << 17, 32, 8, 128, 128, False),
         (1 << 17, 28, 4, 128, 64, False),
         (1 << 15, 16, 8, 128, 32, False),
         (1 << 15, 24, 8, 64, 128, True),

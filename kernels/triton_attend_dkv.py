@@ -39,15 +39,8 @@ TAIL_PROGRAMS = 256
 MERGED_KEYS = 16
 """Keys of a program that adds partial sums."""
 CHANGING = [
-    "num_queries",
-    "num_keys",
-    "num_slots",
-    "edges",
-    "chunk",
-    "query_offset",
-    "done",
-    "programs",
-]
+    "num_queries", "num_keys", "num_slots", "edges", "chunk", "query_offset", "done", "programs",
+]  # fmt: skip
 """Integers that change with the length: never a reason to compile anew."""
 
 
@@ -100,23 +93,24 @@ def _walk(
     head = (tl.arange(0, ROWS) % HEADS).to(tl.int64)
     channel = tl.arange(0, WIDTH_P)[None, :]
     tiles = tl.cdiv(size, TOKENS)
-    # Rows past the end are those of the lists behind it: loads need no mask.
-    query = tl.load(list_ + token)
+    # Rows past the end are the last query again: loads need no mask, and no other block's NaN gets in.
+    last = size - 1
+    query = tl.load(list_ + tl.minimum(token, last))
     tile = 0
+    first = tl.zeros([], tl.int64)  # head of the piece
     for _ in tl.range(0, tiles * pieces, num_stages=STAGES):
         # 64 bits a row: neighbours in a list may lie a whole row apart.
         far = _spread(query, HEADS).to(tl.int64)
         q = _rows(queries + head[:, None] * stride_qh, far * stride_qt, WIDTH, WIDTH_P)
         grad = _rows(grads + head[:, None] * stride_gh, far * stride_gt, WIDTH, WIDTH_P)
-        lse, delta = _stats(stats, query, heads, HEADS)
+        lse, delta = _stats(stats + 2 * first, query, heads, HEADS)
         # `query` once more: the copies run ahead, and it would stay in registers until here.
         place = tile * TOKENS + token
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [KEYS, ROWS]
         scores = scores * (scale * LOG2E) - lse[None, :]
         # Only queries of the block itself, which come first, and rows past the end need a mask.
         if (tile * TOKENS < masked) | (tile == tiles - 1):
-            again = tl.load(list_ + place)
-            position = tl.where(place < size, again + query_offset, -1)
+            position = tl.load(list_ + place, mask=place < size, other=-(1 << 30)) + query_offset
             scores = tl.where(
                 key[:, None] <= _spread(position, HEADS)[None, :], scores, float("-inf")
             )
@@ -130,9 +124,9 @@ def _walk(
                 query_grad = tl.trans(tl.dot(tl.trans(k), slope, input_precision="ieee"))
             else:
                 query_grad = tl.dot(tl.trans(slope), k, input_precision="ieee")
-            again = tl.load(list_ + place)
+            again = tl.load(list_ + tl.minimum(place, last))
             into = _spread(again, HEADS).to(tl.int64) * stride_dt
-            at = (grad_queries + head[:, None] * stride_dh + channel) + into[:, None]
+            at = (grad_queries + (first + head)[:, None] * stride_dh + channel) + into[:, None]
             # Rows past the end add 0 to the last query.
             if WIDTH == WIDTH_P:
                 tl.atomic_add(at, query_grad, sem="relaxed")
@@ -142,13 +136,12 @@ def _walk(
         if pieces != 1:
             ends = tile == tiles
             tile = tl.where(ends, 0, tile)
+            # Four pointers that move, or none of them, would spill.
             further = tl.where(ends, HEADS, 0)
+            first += further
             queries += further * stride_qh
             grads += further * stride_gh
-            grad_queries += further * stride_dh
-            stats += 2 * further
-        following = tile * TOKENS + token
-        query = tl.load(list_ + following)
+        query = tl.load(list_ + tl.minimum(tile * TOKENS + token, last))
     return key_grad, value_grad
 
 

@@ -86,6 +86,17 @@ def _fold(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEWER: tl.constexpr):
 
 
 @triton.jit
+def _few_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of columns that one thread holds anyway, at most four: those live through a loop."""
+    FEWER: tl.constexpr = min(COLUMNS, 8)
+    tile = _fold(tile, ROWS, COLUMNS, FEWER)
+    if FEWER == 1:
+        return tile
+    else:
+        return tl.sum(tl.reshape(tile, [ROWS, FEWER // 2, 2]), axis=2)
+
+
+@triton.jit
 def _head_queries(
     queries, lse, head, first_query, stride_h, stride_t, num_tokens, log2_repeats,
     REPEATS: tl.constexpr, REPEATS_P: tl.constexpr, TOKENS: tl.constexpr,
@@ -190,7 +201,7 @@ def difference_kernel(
     index_keys += batch * stride_ikb
     differences += (plane * window + tl.program_id(0) * TOKENS) * (TOP_K * BLOCK)
     grad = tl.zeros([INDEX_P, COLUMNS], tl.float32)  # from column TOKENS on the first ones again
-    total = tl.zeros([KEYS, min(TOKENS, 8)], tl.float32)
+    total = tl.zeros([KEYS, max(min(TOKENS, 8) // 2, 1)], tl.float32)
     slot = tl.zeros([TOKENS], tl.int32)  # blocks of its own that each token has met
     key, token = tl.arange(0, KEYS), tl.arange(0, TOKENS)
     WORD: tl.constexpr = tl.int32 if TOKENS <= 32 else tl.int64
@@ -209,7 +220,7 @@ def difference_kernel(
             scores * scale - row_lse[None, :], log_student, student, support, index_scale,
             KEYS, REPEATS_P, TOKENS, COLUMNS,
         )  # fmt: skip
-        total += _fold(divergence, KEYS, TOKENS, total.shape[1])
+        total += _few_columns(divergence, KEYS, TOKENS)
         if GRAD:
             difference = difference.to(index_k.dtype)
             columns = _repeated(difference, KEYS, COLUMNS, TOKENS)

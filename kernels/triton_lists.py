@@ -28,8 +28,6 @@ SHORTEST_CHUNK = 2048
 """Queries of a chunk: about the mean list of 16 blocks of 128 tokens."""
 LONGEST_TABLE = 1024
 """Chunks of full length a plane: longer rows get longer chunks, so that partial results stay small."""
-READ_BEYOND = 256
-"""Entries behind the last list that may be read as queries, for tiles that no list fills."""
 EDGES_AT_ONCE = 1 << 25
 """Edges per sort: it needs 28 bytes for each, int64 indices and both its buffers."""
 
@@ -39,7 +37,7 @@ class QueryLists:
     """Lists of all blocks of one selection, and their chunks."""
 
     queries: Tensor
-    """(P, T * K) int32, the lists of a plane one after another; READ_BEYOND more may be read."""
+    """(P, T * K) int32, the lists of a plane one after another."""
     offsets: Tensor
     """(P, C + 1) int32, slot c's list is queries[p, offsets[p, c] : offsets[p, c + 1]]."""
     owners: Tensor
@@ -135,11 +133,8 @@ def query_lists(
     max_split = full if num_queries > chunk else 0
     partial_ends = torch.where(several, chunks, 0).cumsum(0)
     device = block_ids.device
-    # Steps read whole tiles: what they take from behind the last list has to be a query too.
-    queries = torch.zeros(planes * edges + READ_BEYOND, dtype=torch.int32, device=device)
-    queries[: planes * edges] = edge_numbers.flatten() // top_k
     return QueryLists(
-        queries=queries[: planes * edges].view(planes, edges),
+        queries=edge_numbers // top_k,
         offsets=offsets,
         owners=torch.searchsorted(
             ends, torch.arange(bound, device=device), right=True, out_int32=True

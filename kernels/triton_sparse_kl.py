@@ -62,13 +62,18 @@ def default_launch(
         return SparseLaunch(student=small, difference=small, gradient=keys)
     hopper = target_arch() >= 90
     wide = max(padded_width(width), padded_width(index_width)) > 128
+    # Under 64 keys products are those before Hopper, whose operands take registers: wide index keys spill.
+    tight = block_size < 64 and padded_width(index_width) > 64
     # Twice the rows of one product: half the reads of keys, for a little more arithmetic. But not more
     # than 32 tokens: their own two products would take as many registers as the heads'.
-    rows = min(64 if wide or not hopper else 128, 32 * triton.next_power_of_2(repeats))
+    rows = min(64 if wide or tight or not hopper else 128, 32 * triton.next_power_of_2(repeats))
     return SparseLaunch(
         student=Launch(rows=64, keys=64, num_warps=4, num_stages=2),
         difference=Launch(rows=rows, keys=64, num_warps=4, num_stages=2),
-        gradient=Launch(rows=64 if hopper else 32, keys=128 if hopper else 64, num_warps=8, num_stages=3),
+        gradient=Launch(
+            rows=64 if hopper else 32, keys=128 if hopper else 64,
+            num_warps=4 if tight else 8, num_stages=3,
+        ),
     )  # fmt: skip
 
 

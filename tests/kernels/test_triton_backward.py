@@ -160,6 +160,23 @@ def test_keys_that_nobody_selected_have_no_gradient(deterministic):
     assert_right(case, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("launch", [None, SMALL])
+def test_nan_in_the_gradient_of_one_query_reaches_its_own_blocks_only(launch, deterministic):
+    case = random_case(1, 2, 6, 80, 16, 16, 2)
+    # The first of the list of its own block: the list before it ends in the middle of a step.
+    query = 64
+    case["grad_out"][:, :, query] = float("nan")
+    grad_q, *grads = gradients(case, deterministic=deterministic, launch=launch)
+    assert grad_q[:, :, query].isnan().all()
+    assert grad_q[:, :, torch.arange(80) != query].isfinite().all()
+    for group, blocks in enumerate(case["block_ids"][0, :, query].tolist()):
+        others = torch.tensor([key // 16 not in blocks for key in range(80)])
+        for grad in grads:
+            assert grad[0, group, others].isfinite().all()
+            assert grad[0, group, ~others].isnan().any()
+
+
 @pytest.mark.parametrize("kind", ["sink", "disjoint"])
 def test_hot_and_disjoint_blocks(kind):
     case = random_case(1, 1, 2, 120, 16, 16, 2)
