@@ -35,7 +35,7 @@ for folder in recipes kernels data model train eval launch; do
 done
 step "mypy" env MYPYPATH=.typing mypy "${packages[@]}"
 # A worker and the processes that its tests start take up to 4 GiB.
-workers=$(nproc)
+workers=$(env -u OMP_NUM_THREADS nproc)
 workers=${TEST_WORKERS:-$((workers < 4 ? workers : 4))}
 # A file's tests stay together, since they share what is dear to make.
 step "pytest" python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -88,16 +88,15 @@ def training_step(model, backend, mode, recompute):
 def test_a_training_step_equals_that_of_the_torch_path(model, mode, recompute):
     layers = model.model.layers
     try:
-        if recompute:
-            # Layers are recomputed one by one: nine of the thirty show it and save two minutes.
-            model.model.layers = layers[:9]
+        # Six of the thirty layers: all thirty run above, and would take minutes here.
+        model.model.layers = layers[:6]
         kl, grads = training_step(model, "triton", mode, recompute)
         true_kl, true_grads = training_step(model, "torch", mode, recompute=False)
         names = dict(model.named_parameters()).keys()
     finally:
         model.model.layers = layers
     torch.testing.assert_close(kl, true_kl, rtol=1e-4, atol=1e-4)
-    assert kl.numel() == (6 if recompute else 27) and (kl > 0).all()
+    assert kl.numel() == 3 and (kl > 0).all()
     assert grads.keys() == true_grads.keys() == names
     for name, grad in grads.items():
         # Relative to the largest entry: gradients of this model span several orders of magnitude.
