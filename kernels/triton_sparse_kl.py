@@ -72,7 +72,7 @@ def default_launch(
         difference=Launch(rows=rows, keys=64, num_warps=4, num_stages=2),
         gradient=Launch(
             rows=64 if hopper else 32, keys=128 if hopper else 64,
-            num_warps=4 if tight else 8, num_stages=3,
+            num_warps=4 if tight and target_arch() == 90 else 8, num_stages=3,
         ),
     )  # fmt: skip
 
