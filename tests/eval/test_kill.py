@@ -20,6 +20,8 @@ from dense2sparse.data.fetch import FetchError
 from dense2sparse.eval.ruler_corpus import PUBLIC_DOMAIN, read_corpus
 from dense2sparse.eval.sources import SourceUnavailable
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache" / "dense2sparse"
 MOMENTS = 10

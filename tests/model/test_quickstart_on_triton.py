@@ -15,6 +15,8 @@ from dense2sparse.model.execution import Execution, set_execution
 from dense2sparse.model.source import resolve_checkpoint
 from dense2sparse.recipes import load as recipes
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 100
 TOP_K = 2
 """Of four blocks of 32 tokens."""
@@ -41,6 +43,15 @@ def tokens(length):
 def on(model, backend):
     set_execution(model, Execution(backend=backend))
     return attention_mode(model, "sparse", top_k=TOP_K)
+
+
+@pytest.fixture()
+def shallow(model):
+    """Six of the thirty layers, three of them sparse: the interpreter takes seconds a layer."""
+    layers = model.model.layers
+    model.model.layers = layers[:6]
+    yield model
+    model.model.layers = layers
 
 
 @torch.no_grad()
@@ -85,19 +96,12 @@ def training_step(model, backend, mode, recompute):
     ("mode", "recompute"),
     [("warmup", False), ("sparse", False), ("sparse", True), ("warmup", True)],
 )
-def test_a_training_step_equals_that_of_the_torch_path(model, mode, recompute):
-    layers = model.model.layers
-    try:
-        # Six of the thirty layers: all thirty run above, and would take minutes here.
-        model.model.layers = layers[:6]
-        kl, grads = training_step(model, "triton", mode, recompute)
-        true_kl, true_grads = training_step(model, "torch", mode, recompute=False)
-        names = dict(model.named_parameters()).keys()
-    finally:
-        model.model.layers = layers
+def test_a_training_step_equals_that_of_the_torch_path(shallow, mode, recompute):
+    kl, grads = training_step(shallow, "triton", mode, recompute)
+    true_kl, true_grads = training_step(shallow, "torch", mode, recompute=False)
     torch.testing.assert_close(kl, true_kl, rtol=1e-4, atol=1e-4)
     assert kl.numel() == 3 and (kl > 0).all()
-    assert grads.keys() == true_grads.keys() == names
+    assert grads.keys() == true_grads.keys() == dict(shallow.named_parameters()).keys()
     for name, grad in grads.items():
         # Relative to the largest entry: gradients of this model span several orders of magnitude.
         largest = true_grads[name].abs().max()

@@ -76,18 +76,17 @@ def _cases() -> list[dict]:
 
 
 def _triton_cases() -> list[dict]:
-    """Two steps through the Triton kernels, under the interpreter that tests/conftest.py asks for."""
+    """A step or two through the Triton kernels, under the interpreter that tests/conftest.py asks for."""
     cases = []
-    for zero, recompute in ((1, True), (2, False), (3, True)):
-        stage = {"kind": "sparse", "activation_checkpointing": recompute}
+    for zero, recompute, steps in ((1, True, 1), (2, False, 1), (3, True, 2)):
+        stage = {"kind": "sparse", "activation_checkpointing": recompute, "steps": steps}
         cases.append({"name": f"sparse-z{zero}-c{int(recompute)}", "zero": zero, "stage": stage})
-    trained = {"kind": "warmup", "backbone": "trained", "backbone_lr": 1e-3}
+    trained = {"kind": "warmup", "backbone": "trained", "backbone_lr": 1e-3, "steps": 2}
     trained["activation_checkpointing"] = True
-    cases.append({"name": "warmup-z3", "zero": 3, "stage": {"kind": "warmup"}})
+    cases.append({"name": "warmup-z3", "zero": 3, "stage": {"kind": "warmup", "steps": 2}})
     cases.append({"name": "joint-warmup-z1", "zero": 1, "stage": trained})
     for case in cases:
         case["backend"] = "triton"
-        case["stage"]["steps"] = 2
     return _partitioned(cases)
 
 

@@ -18,6 +18,8 @@ from dense2sparse.recipes import schema
 from dense2sparse.recipes.load import RecipeError, load
 from dense2sparse.train import probe as probing
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache" / "dense2sparse"
 STAGES = (0, 1, 2, 3)

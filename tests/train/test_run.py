@@ -12,6 +12,8 @@ import pytest
 
 from dense2sparse.train import run as training
 
+pytestmark = pytest.mark.slow
+
 
 def start(arguments: list[str], environment: dict[str, str], **options) -> subprocess.Popen:
     return subprocess.Popen(
