@@ -151,11 +151,14 @@ def test_flops_of_a_dense_pass_equal_those_torch_counts(tiny, start_folder):
     dense.config._attn_implementation = "eager"
     with FlopCounterMode(display=False) as counter:
         dense(torch.randint(0, tiny.VOCAB, (1, 128)))
+    # transformers 5.17 makes its rotary table by a product, which is no work of the model's.
+    tables = counter.get_flop_counts().get("LlamaForCausalLM.model.rotary_emb", {})
+    counted = counter.get_total_flops() - sum(tables.values())
     per_token = flops.flops_per_token(cost, mode="warmup", frozen=True, visible_keys=128)
     index_only = flops.flops_per_token(
         _without_backbone(cost), mode="warmup", frozen=True, visible_keys=128
     )
-    assert (per_token - index_only) * 128 == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert (per_token - index_only) * 128 == pytest.approx(counted, rel=1e-6)
 
 
 def _without_backbone(cost: flops.ModelCost) -> flops.ModelCost:
