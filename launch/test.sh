@@ -34,7 +34,7 @@ for folder in recipes kernels data model train eval launch; do
     if compgen -G "$folder/*.py" >/dev/null; then packages+=(-p "dense2sparse.$folder"); fi
 done
 step "mypy" env MYPYPATH=.typing mypy "${packages[@]}"
-# A worker and the processes that its tests start take up to 4 GiB.
+# At most four: each holds torch, and its tests start processes of their own.
 workers=$(env -u OMP_NUM_THREADS nproc)
 workers=${TEST_WORKERS:-$((workers < 4 ? workers : 4))}
 # A file's tests stay together, since they share what is dear to make.

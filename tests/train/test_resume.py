@@ -169,7 +169,7 @@ def test_killed_ten_times_it_ends_in_the_same_weights(nursery, make_recipe, undi
         assert curves(ended) == curves(expected)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(3, "fp32"), (1, "bf16")])
+@pytest.mark.parametrize(("zero", "precision"), [(2, "fp32"), (3, "fp32"), (1, "bf16")])
 def test_two_ranks_asked_to_stop_save_and_resume_to_the_bit(
     nursery, make_recipe, tmp_path, zero, precision
 ):
